@@ -1,0 +1,1 @@
+"""Recall traces for TorchRL."""
