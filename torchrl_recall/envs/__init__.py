@@ -1,0 +1,29 @@
+"""Small batched environments and their exact solutions."""
+
+from torchrl_recall.envs.exact import (
+    BacktrackKernel,
+    KernelDivergence,
+    backtrack_kernel,
+    expected_visits,
+    forward_log_probability,
+    kernel_divergence,
+    start_success,
+    success_probability,
+    trajectory_log_probability,
+    transition_probability,
+)
+from torchrl_recall.envs.four_rooms import FourRoomsEnv
+
+__all__ = [
+    "BacktrackKernel",
+    "FourRoomsEnv",
+    "KernelDivergence",
+    "backtrack_kernel",
+    "expected_visits",
+    "forward_log_probability",
+    "kernel_divergence",
+    "start_success",
+    "success_probability",
+    "trajectory_log_probability",
+    "transition_probability",
+]

@@ -1,0 +1,422 @@
+"""The backtracking model ``q(stop|s') q(a|s') q(Δ|a,s')``: which step led here, or did it begin here.
+
+It stands at the head of the method: `BacktrackLoss` fits it to real transitions,
+`sample_traces` walks backwards with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase, unravel_key
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.data.tensor_specs import Composite, TensorSpec
+from torchrl.envs import EnvBase
+from torchrl.modules import MLP
+
+from torchrl_recall.action import ActionCodec
+from torchrl_recall.checks import check_at_least_one, check_interval
+from torchrl_recall.heads import ClassDelta, NormalDelta, SupportDelta
+from torchrl_recall.observation import ObservationCodec
+
+
+class BacktrackModel(TensorDictModuleBase):
+    """Predicts the step that preceded a state: stop, action, and change of state.
+
+    The three factors are networks of their own: ``q(stop|s')`` (optional) is the probability that
+    ``s'`` was an episode's first state, ``q(a|s')`` the action that led to it and ``q(Δ|a,s')`` the
+    change ``Δ = s_t - s_{t+1}``, so that ``s_t = s_{t+1} + Δ``. With the stop head the model is the
+    posterior over whole trajectories; without it traces have no beginning.
+
+    Called on data, the module writes the log-probability of the real step under ``"backtrack"``.
+
+    Args:
+        observation (int, TensorSpec or mapping): size of a continuous observation, its spec, or a
+            mapping (or ``Composite``) of several keys, concatenated in that order.
+        action (int or TensorSpec): size of a continuous action bounded to [-1, 1], or its spec.
+            Bounded specs get a tanh-squashed Gaussian, unbounded ones a Gaussian, ``Categorical``
+            and ``OneHot`` ones a categorical distribution.
+
+    Keyword Args:
+        num_cells (sequence of int): width of each hidden layer of each network.
+        activation_class (type): activation between layers.
+        delta_support (Tensor, optional): ``[M, D]`` displacements ``s_t - s_{t+1}`` that can occur,
+            for grids and other lattices. Makes Δ categorical over them.
+        stop (bool): whether to learn where episodes begin. Needs ``is_init`` in the training data
+            (TorchRL's ``InitTracker``).
+        observation_keys (sequence of NestedKey, optional): order of the keys of a mapping, or the
+            name of the single key. Defaults to ``["observation"]`` or the mapping's own keys.
+        action_key (NestedKey): name of the action.
+        is_init_key (NestedKey): name of the mark of an episode's first step.
+        action_log_scale_range (pair of float): bounds of the log of the action's scale.
+        delta_log_scale_range (pair of float): bounds of the log of Δ's scale, where 0 means the
+            standard deviation of Δ over the data.
+        dtype (torch.dtype, optional): dtype of the parameters. Defaults to the continuous
+            observation's, else torch's default.
+        device (torch.device, optional): device of the parameters.
+
+    Raises:
+        TypeError: a spec of a kind that has no head.
+        ValueError: specs, support or keys that do not match each other.
+
+    Source: Goyal et al., *Recall Traces*, ICLR 2019, https://arxiv.org/abs/1804.00379.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl_recall import BacktrackModel
+        >>> model = BacktrackModel(3, 1, num_cells=(32, 32))
+        >>> data = TensorDict({"observation": torch.randn(5, 3), "action": torch.zeros(5, 1),
+        ...                    "next": {"observation": torch.randn(5, 3)}}, [5])
+        >>> model.log_prob(data).shape
+        torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        observation: int | TensorSpec | Mapping[NestedKey, int | TensorSpec],
+        action: int | TensorSpec,
+        *,
+        num_cells: Sequence[int] = (256, 256),
+        activation_class: type[nn.Module] = nn.ReLU,
+        delta_support: Tensor | None = None,
+        stop: bool = False,
+        observation_keys: Sequence[NestedKey] | None = None,
+        action_key: NestedKey = "action",
+        is_init_key: NestedKey = "is_init",
+        action_log_scale_range: tuple[float, float] = (-5.0, 2.0),
+        delta_log_scale_range: tuple[float, float] = (-6.0, 2.0),
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        observations = _as_mapping(observation, observation_keys)
+        if dtype is None:
+            dtypes = [getattr(spec, "dtype", None) for spec in observations.values()]
+            floating = [d for d in dtypes if d is not None and d.is_floating_point]
+            dtype = floating[0] if floating else torch.get_default_dtype()
+        num_cells = [check_at_least_one("num_cells", width) for width in num_cells]
+        action_range = check_interval("action_log_scale_range", action_log_scale_range)
+        delta_range = check_interval("delta_log_scale_range", delta_log_scale_range)
+        factory: dict[str, Any] = {"dtype": dtype, "device": device}
+
+        self.observation = ObservationCodec(observations, **factory)
+        self.action = ActionCodec(action, action_range, **factory)
+        self.action_key = unravel_key(action_key)
+        self.is_init_key = unravel_key(is_init_key)
+        self.delta_head = _delta_head(self.observation, delta_support, delta_range, factory)
+
+        def network(in_features: int, out_features: int) -> MLP:
+            return MLP(
+                in_features=in_features,
+                out_features=out_features,
+                num_cells=num_cells,
+                activation_class=activation_class,
+                device=device,
+            ).to(dtype)
+
+        features = self.observation.feature_size
+        self.action_network = network(features, self.action.head.output_size)
+        self.delta_network = network(
+            features + self.action.head.feature_size, self.delta_head.output_size
+        )
+        self.stop_network = network(features, 1) if stop else None
+        self.in_keys = [
+            *self.next_observation_keys,
+            *self.observation_keys,
+            self.action_key,
+        ]
+        self.out_keys = [("backtrack", "action_log_prob"), ("backtrack", "delta_log_prob")]
+        if stop:
+            self.out_keys.append(("backtrack", "stop_log_prob"))
+
+    @classmethod
+    def from_env(
+        cls,
+        env: EnvBase,
+        *,
+        num_cells: Sequence[int] = (256, 256),
+        observation_keys: Sequence[NestedKey] | None = None,
+        delta_support: Tensor | None = None,
+        stop: bool | None = None,
+        is_init_key: NestedKey = "is_init",
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> BacktrackModel:
+        """Build the model from an environment's specs.
+
+        Args:
+            env (EnvBase): the environment, with its transforms.
+
+        Keyword Args:
+            num_cells (sequence of int): width of each hidden layer.
+            observation_keys (sequence of NestedKey, optional): which observations make up the
+                state. Defaults to ``"observation"``, or the only one there is.
+            delta_support (Tensor, optional): ``[M, D]`` displacements; defaults to the
+                environment's own ``delta_support``, if it has one.
+            stop (bool, optional): learn where episodes begin. Defaults to whether the environment
+                marks them at ``is_init_key``.
+            is_init_key (NestedKey): name of that mark.
+            device (torch.device, optional): defaults to the environment's device.
+            **kwargs: as for the constructor.
+
+        Returns:
+            BacktrackModel: a model for this environment.
+
+        Raises:
+            TypeError: not an environment, or a spec of a kind that has no head.
+            ValueError: the observation or the action cannot be chosen without being named.
+            KeyError: an observation key that the environment does not have.
+
+        Examples:
+            >>> from torchrl_recall import BacktrackModel
+            >>> from torchrl_recall.envs import FourRoomsEnv
+            >>> model = BacktrackModel.from_env(FourRoomsEnv(5), num_cells=(32,))
+            >>> model.delta_head.support.shape
+            torch.Size([5, 2])
+        """
+        if not isinstance(env, EnvBase):
+            raise TypeError(f"env must be a torchrl EnvBase, got {type(env).__name__}.")
+        specs = env.observation_spec_unbatched
+        is_init_key = unravel_key(is_init_key)
+        leaves = [unravel_key(key) for key in specs.keys(True, True)]
+        if observation_keys is None:
+            found = [key for key in leaves if key not in (is_init_key, "step_count")]
+            observation_keys = ["observation"] if "observation" in found else found
+            if len(observation_keys) != 1:
+                raise ValueError(
+                    f"observation_keys must be named: the environment has {found} and none is "
+                    "called 'observation'."
+                )
+        observation_keys = [unravel_key(key) for key in observation_keys]
+        missing = [key for key in observation_keys if key not in leaves]
+        if missing:
+            raise KeyError(f"observation_keys {missing} are not in the environment's {leaves}.")
+        if len(env.action_keys) != 1:
+            raise ValueError(f"env must have one action, got the action keys {env.action_keys}.")
+        action_key = env.action_keys[0]
+        if delta_support is None:
+            delta_support = getattr(env, "delta_support", None)
+        return cls(
+            {key: specs[key] for key in observation_keys},
+            env.full_action_spec_unbatched[action_key],
+            num_cells=num_cells,
+            delta_support=delta_support,
+            stop=is_init_key in leaves if stop is None else stop,
+            action_key=action_key,
+            is_init_key=is_init_key,
+            device=env.device if device is None else device,
+            **kwargs,
+        )
+
+    @property
+    def observation_keys(self) -> list[NestedKey]:
+        """Keys of the observation, in the order of concatenation."""
+        return list(self.observation.keys)
+
+    @property
+    def next_observation_keys(self) -> list[NestedKey]:
+        """The same keys under ``"next"``."""
+        return [unravel_key(("next", key)) for key in self.observation.keys]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return self.observation.unit.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters."""
+        return self.observation.unit.dtype
+
+    @property
+    def has_stop(self) -> bool:
+        """Whether the model knows where episodes begin."""
+        return self.stop_network is not None
+
+    def stop_logit(self, state: Tensor) -> Tensor:
+        """Logit of ``q(stop|s')``.
+
+        Args:
+            state (Tensor): ``[*B, size]`` flat states, see `ObservationCodec`.
+
+        Returns:
+            Tensor: ``[*B]``.
+
+        Raises:
+            RuntimeError: the model was built without a stop head.
+        """
+        if self.stop_network is None:
+            raise RuntimeError("this BacktrackModel has no stop head; build it with stop=True.")
+        return self.stop_network(self.observation(state)).squeeze(-1)
+
+    def action_parameters(self, next_state: Tensor) -> Tensor:
+        """Parameters of ``q(a|s')``.
+
+        Args:
+            next_state (Tensor): ``[*B, size]`` flat states.
+
+        Returns:
+            Tensor: ``[*B, output_size]`` for ``self.action.head``.
+        """
+        return self.action_network(self.observation(next_state))
+
+    def delta_parameters(self, action: Tensor, next_state: Tensor) -> Tensor:
+        """Parameters of ``q(Δ|a,s')``.
+
+        Args:
+            action (Tensor): flat actions, ``[*B, A]`` or ``[*B]`` indices.
+            next_state (Tensor): ``[*B, size]`` flat states.
+
+        Returns:
+            Tensor: ``[*B, output_size]`` for ``self.delta_head``.
+        """
+        features = self.observation(next_state)
+        action_features = self.action.head.features(action).to(features.dtype)
+        return self.delta_network(torch.cat([features, action_features], -1))
+
+    def step_log_prob(self, state: Tensor, action: Tensor, next_state: Tensor) -> dict[str, Tensor]:
+        """Log-probabilities of real steps, factor by factor, on flat tensors.
+
+        Args:
+            state (Tensor): ``[*B, size]``.
+            action (Tensor): flat actions, ``[*B, A]`` or ``[*B]`` indices.
+            next_state (Tensor): ``[*B, size]``.
+
+        Returns:
+            dict: ``"action"`` and ``"delta"``, each ``[*B]``; with a stop head also ``"stop"``, the
+            log-probability that ``next_state`` was *not* an episode's first state.
+        """
+        terms = {
+            "action": self.action.head.log_prob(self.action_parameters(next_state), action),
+            "delta": self.delta_head.predecessor_log_prob(
+                self.delta_parameters(action, next_state), state, next_state
+            ),
+        }
+        if self.has_stop:
+            terms["stop"] = nn.functional.logsigmoid(-self.stop_logit(next_state))
+        return terms
+
+    def log_prob(self, data: TensorDictBase) -> Tensor:
+        """Log-probability of real transitions read backwards, ``log q(s_t, a_t | s_{t+1})``.
+
+        Args:
+            data (TensorDictBase): transitions of any batch shape ``*B`` with the model's
+                ``in_keys``.
+
+        Returns:
+            Tensor: ``[*B]``; with a stop head it includes the probability of not stopping.
+
+        Raises:
+            KeyError: a key is missing.
+            ValueError: empty data, or wrong shapes, dtypes, devices or non-finite values.
+        """
+        return torch.stack(list(self.step_log_prob(*self.read(data)).values())).sum(0)
+
+    def read(
+        self,
+        data: TensorDictBase,
+        *,
+        observation_keys: Sequence[NestedKey] | None = None,
+        action_key: NestedKey | None = None,
+        require_finite: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Read real transitions as flat tensors.
+
+        Args:
+            data (TensorDictBase): transitions of any batch shape ``*B``.
+            observation_keys (sequence of NestedKey, optional): instead of the model's own.
+            action_key (NestedKey, optional): instead of the model's own.
+            require_finite (bool): refuse non-finite values.
+
+        Returns:
+            tuple: state, action and next state.
+        """
+        if not isinstance(data, TensorDictBase):
+            raise TypeError(f"data must be a TensorDict, got {type(data).__name__}.")
+        if data.numel() == 0:
+            raise ValueError(f"data is empty: batch size {tuple(data.shape)}, expected rows.")
+        keys = self.observation_keys if observation_keys is None else list(observation_keys)
+        next_keys = [unravel_key(("next", key)) for key in keys]
+        action_key = self.action_key if action_key is None else action_key
+        return (
+            self.observation.read(data, keys, require_finite=require_finite),
+            self.action.read(data, action_key, self.device, require_finite=require_finite),
+            self.observation.read(data, next_keys, require_finite=require_finite),
+        )
+
+    @torch.no_grad()
+    def update_normalization(
+        self, state: Tensor, action: Tensor, next_state: Tensor, mask: Tensor | None = None
+    ) -> None:
+        """Merge real transitions into the running statistics; `BacktrackLoss` does it in training.
+
+        Args:
+            state (Tensor): ``[N, size]``.
+            action (Tensor): ``[N, A]`` or ``[N]`` indices.
+            next_state (Tensor): ``[N, size]``.
+            mask (Tensor, optional): ``[N]`` bool, True = use the row.
+        """
+        if self.observation.normalizer is not None:
+            self.observation.normalizer.update(next_state, mask)
+        if isinstance(self.delta_head, NormalDelta):
+            self.delta_head.normalizer.update(state - next_state, mask)
+        self.action.update_normalization(action, mask)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the log-probability of each factor of the real steps under ``"backtrack"``."""
+        terms = self.step_log_prob(*self.read(tensordict))
+        for name, value in terms.items():
+            tensordict.set(("backtrack", f"{name}_log_prob"), value)
+        return tensordict
+
+    def reset_parameters_recursive(self, *args: Any, **kwargs: Any) -> None:
+        """Draw new parameters for all networks."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+
+
+def _as_mapping(observation: Any, keys: Sequence[NestedKey] | None) -> dict[NestedKey, Any]:
+    if isinstance(observation, Composite):
+        batch = observation.ndim
+        leaves = {unravel_key(key): spec for key, spec in observation.items(True, True)}
+        observation = {key: spec[(0,) * batch] if batch else spec for key, spec in leaves.items()}
+    if not isinstance(observation, Mapping):
+        keys = ["observation"] if keys is None else list(keys)
+        if len(keys) != 1:
+            raise ValueError(f"observation is one size or spec, but observation_keys are {keys}.")
+        return {keys[0]: observation}
+    keys = list(observation) if keys is None else [unravel_key(key) for key in keys]
+    missing = [key for key in keys if key not in observation]
+    if missing:
+        raise KeyError(f"observation_keys {missing} are not in observation {list(observation)}.")
+    return {key: observation[key] for key in keys}
+
+
+def _delta_head(codec: ObservationCodec, support, log_scale_range, factory: dict[str, Any]):
+    if support is None:
+        if not codec.is_discrete:
+            return NormalDelta(codec.size, log_scale_range, **factory)
+        if codec.size == 1 or codec.has_joint_code:
+            return ClassDelta(codec)
+        raise ValueError(
+            f"observation has {codec.num_states} joint states, too many to predict as classes; "
+            "pass delta_support, the displacements s_t - s_{t+1} that can occur."
+        )
+    support = torch.as_tensor(support)
+    if support.ndim != 2 or support.shape[1] != codec.size or len(support) == 0:
+        raise ValueError(
+            f"delta_support has shape {tuple(support.shape)}, expected [M, {codec.size}] "
+            "with one displacement a row."
+        )
+    if len(support.unique(dim=0)) != len(support):
+        raise ValueError("delta_support has the same displacement twice, expected unique rows.")
+    if codec.is_discrete and (support.is_floating_point() or support.dtype == torch.bool):
+        raise ValueError(f"delta_support must hold integers, got dtype {support.dtype}.")
+    if not bool(torch.isfinite(support).all()):
+        raise ValueError("delta_support must be finite.")
+    return SupportDelta(support.to(device=codec.low.device, dtype=codec.low.dtype), codec)

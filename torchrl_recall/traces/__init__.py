@@ -1,0 +1,6 @@
+"""The hot path: walk a backtracking model backwards, many states at once."""
+
+from torchrl_recall.traces.noise import TraceNoise, draw_noise
+from torchrl_recall.traces.sample import sample_traces
+
+__all__ = ["TraceNoise", "draw_noise", "sample_traces"]

@@ -1,0 +1,55 @@
+"""The random numbers of a walk, drawn before it starts, so that every backend can be fed the same."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchrl_recall.model import BacktrackModel
+
+
+class TraceNoise(NamedTuple):
+    """Noise of ``T`` steps of ``n`` traces; entry ``t`` of the first dimension leads to ``s_t``.
+
+    Attributes:
+        action (Tensor): ``[T, n, A]`` standard normal, or ``[T, n, 1]`` uniform in [0, 1).
+        delta (Tensor): ``[T, n, D]`` standard normal, or ``[T, n, 1]`` uniform in [0, 1).
+        stop (Tensor or None): ``[T, n]`` uniform in [0, 1), with a stop head.
+    """
+
+    action: Tensor
+    delta: Tensor
+    stop: Tensor | None
+
+
+def draw_noise(
+    model: BacktrackModel,
+    num_steps: int,
+    num_rows: int,
+    generator: torch.Generator | None = None,
+) -> TraceNoise:
+    """Draw the noise of a walk.
+
+    Args:
+        model (BacktrackModel): says which noise its heads take.
+        num_steps (int): length ``T`` of the traces.
+        num_rows (int): number ``n`` of traces.
+        generator (torch.Generator, optional): on the model's device; None is torch's own.
+
+    Returns:
+        TraceNoise: the noise, in the model's dtype and on its device.
+    """
+
+    def draw(kind: str, *shape: int) -> Tensor:
+        function = torch.randn if kind == "normal" else torch.rand
+        return function(*shape, generator=generator, dtype=model.dtype, device=model.device)
+
+    stop = draw("uniform", num_steps, num_rows) if model.has_stop else None
+    action_head, delta_head = model.action.head, model.delta_head
+    return TraceNoise(
+        action=draw(action_head.noise_kind, num_steps, num_rows, action_head.noise_size),
+        delta=draw(delta_head.noise_kind, num_steps, num_rows, delta_head.noise_size),
+        stop=stop,
+    )

@@ -1,0 +1,125 @@
+"""Values to sampling weights, in plain tensors: the arithmetic of `ValuePrioritizedSampler`, and nothing else.
+
+Called by `sampler.py` once per change of values; it knows neither storages nor random numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MODES = ("top", "soft", "rank", "per")
+_RANGES = {
+    "top": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "temperature": (lambda x: 0 < x < math.inf, "positive and finite"),
+    "alpha": (lambda x: 0 <= x < math.inf, "at least 0 and finite"),
+    "beta": (lambda x: 0 <= x < math.inf, "at least 0 and finite"),
+    "eps": (lambda x: 0 < x < math.inf, "positive and finite"),
+    "min_value": (lambda x: not math.isnan(x), "a number or None"),
+}
+
+
+def checked_parameter(name: str, value: Any) -> Any:
+    """Return a parameter as str, float or None, or say what is wrong with it."""
+    if name == "mode":
+        if value not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {value!r}")
+        return value
+    if name == "min_value" and value is None:
+        return None
+    in_range, expected = _RANGES[name]
+    number = value.item() if getattr(value, "ndim", None) == 0 else value
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
+        raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
+    if not in_range(float(number)):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return float(number)
+
+
+@torch.no_grad()
+def value_weights(
+    values: Tensor,
+    mode: str,
+    *,
+    alpha: float = 1.0,
+    top: float = 0.1,
+    temperature: float = 1.0,
+    min_value: float | None = None,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Compute the unnormalised probability of drawing each entry, given the values of all.
+
+    The formulas are those of `ValuePrioritizedSampler`.
+
+    Args:
+        values: ``[n]``, floating. A number, ``-inf`` for "no value yet", or NaN for "never drawn".
+        mode: ``"top"``, ``"soft"``, ``"rank"`` or ``"per"``.
+        alpha: exponent of the modes ``"rank"`` and ``"per"``.
+        top: fraction of the drawable entries that the mode ``"top"`` keeps.
+        temperature: of the mode ``"soft"``.
+        min_value: entries below it, or without a value, get weight 0, unless that leaves nothing.
+        eps: added to the absolute value in the mode ``"per"``.
+
+    Returns:
+        ``[n]``, float64, at least 0; all 0 only if every entry is NaN.
+
+    Raises:
+        ValueError: if ``mode`` is unknown.
+
+    Examples:
+        >>> value_weights(torch.tensor([3.0, 1.0, 1.0, -2.0]), "top", top=0.5)
+        tensor([1.0000, 0.5000, 0.5000, 0.0000], dtype=torch.float64)
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+    drawable = ~values.isnan()
+    weights = torch.zeros(values.shape, dtype=torch.float64, device=values.device)
+    v = values[drawable]
+    valued = v > -math.inf
+    if not valued.any():
+        return weights.masked_fill_(drawable, 1.0)
+
+    # Entries that may be drawn are an upper set of the values, so ranks need no correction for it.
+    allowed = torch.ones_like(valued)
+    if min_value is not None:
+        reached = valued & (v >= min_value)
+        if reached.any():
+            allowed = reached
+
+    if mode == "top":
+        w = _top(v, top)
+    elif mode == "rank":
+        w = _rank(v, alpha)
+    elif mode == "soft":
+        logits = v.double().masked_fill(~allowed, -math.inf)
+        w = ((logits - logits.max()) / temperature).exp()
+    else:
+        priority = v.double().abs().masked_fill(~valued, 0.0) + eps
+        # Only ratios matter; dividing by the largest keeps a large alpha from overflowing.
+        w = (priority / priority[allowed].max()) ** alpha
+    weights[drawable] = w.masked_fill(~allowed, 0.0)
+    return weights
+
+
+def _top(v: Tensor, top: float) -> Tensor:
+    """Weights of the best ``ceil(top * n)``; entries tied at the threshold share what is left."""
+    n = v.numel()
+    # In floats 0.1 * 30 is above 3 and would keep 4: take the decimal number that was written.
+    k = max(1, math.ceil(Fraction(repr(top)) * n))
+    threshold = v.kthvalue(n - k + 1).values
+    above, tied = v > threshold, v == threshold
+    return above.double() + tied.double() * ((k - above.sum()) / tied.sum().double())
+
+
+def _rank(v: Tensor, alpha: float) -> Tensor:
+    """Weights ``1 / rank^alpha``, averaged over the ranks that tied entries occupy."""
+    ordered, order = v.sort(descending=True)
+    by_rank = torch.arange(1, v.numel() + 1, dtype=torch.float64, device=v.device) ** -alpha
+    _, group, count = ordered.unique_consecutive(return_inverse=True, return_counts=True)
+    mean = by_rank.new_zeros(count.numel()).index_add_(0, group, by_rank) / count
+    return torch.empty_like(by_rank).index_copy_(0, order, mean[group])
