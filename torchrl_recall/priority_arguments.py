@@ -1,6 +1,7 @@
-"""What TorchRL passes to a sampler as index and priority, turned into flat pairs of one index and one value.
+"""What a sampler is given as index and priority, turned into flat pairs of index and value.
 
-Called by `ValuePrioritizedSampler` when data come in. The shapes are those that TorchRL 0.14's buffers and writers use.
+Called by `ValuePrioritizedSampler` when data or new values come in. The shapes are those that
+TorchRL 0.14's buffers and writers pass.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ def flat_index(index: Any, storage: Any, device: torch.device) -> Tensor:
     """Turn an index into positions in the flattened storage.
 
     Args:
-        index: an int or tensor ``[N]`` (flat already), a tensor ``[N, ndim]``, or a tuple of ``ndim`` tensors ``[N]``.
-        storage: a TorchRL storage of ``ndim`` dimensions, or None for one dimension.
+        index: an int or tensor ``[N]`` (flat already), a tensor ``[N, ndim]``, or a tuple of
+            ``ndim`` tensors ``[N]``.
+        storage: a TorchRL storage of ``ndim`` dimensions; None stands for one of 1 dimension.
         device: where the result is wanted.
 
     Returns:
-        ``[N]``, int64; -1 where an index is negative, as `TensorDictMaxValueWriter` marks data it rejects.
+        ``[N]``, int64; -1 where negative (data that `TensorDictMaxValueWriter` rejected).
 
     Raises:
         TypeError: if ``index`` does not hold integers.
@@ -46,15 +48,16 @@ def flat_index(index: Any, storage: Any, device: torch.device) -> Tensor:
     index = integer_tensor(index, device)
     if index.ndim < 2:
         return index.reshape(-1).clamp(min=-1)
-    ndim = 1 if storage is None else storage.ndim
-    if index.shape[-1] != ndim:
+    # The first dimension may still fill up; it does not matter for the position.
+    sizes = (None,) if storage is None else storage.shape
+    if index.shape[-1] != len(sizes):
         raise ValueError(
-            f"index must have shape [N], or [N, {ndim}] for a storage of {ndim} dimension(s); got "
-            f"{tuple(index.shape)}" + (" and no storage" if storage is None else "")
+            f"index must have shape [N] or [N, {len(sizes)}] for a storage of {len(sizes)} "
+            f"dimension(s), got {tuple(index.shape)}"
+            + (" and no storage" if storage is None else "")
         )
     flat = index[..., 0]
-    for dim in range(1, ndim):
-        size = storage.shape[dim]
+    for dim, size in enumerate(sizes[1:], 1):
         if bool((index[..., dim] >= size).any()):
             raise IndexError(f"index must be below {size} in dimension {dim}, got {index}")
         flat = flat * size + index[..., dim]
@@ -65,12 +68,13 @@ def paired_values(priority: Any, flat: Tensor, reduction: str) -> tuple[Tensor, 
     """Find one value for each index.
 
     Args:
-        priority: one number for all, or values whose leading dimensions match ``flat``; the others are reduced.
+        priority: one number for all, or values whose leading dimensions hold N entries; the others
+            are reduced.
         flat: ``[N]``, from `flat_index`.
         reduction: ``"max"``, ``"min"``, ``"mean"`` or ``"median"``.
 
     Returns:
-        Indices and values, ``[M]`` and ``[M]`` float64, where M is N, or 1 if all of several indices are the same.
+        Indices and values (float64), ``[M]``; M is N, or 1 if several indices are all the same.
 
     Raises:
         ValueError: if the shapes do not match.
@@ -83,11 +87,11 @@ def paired_values(priority: Any, flat: Tensor, reduction: str) -> tuple[Tensor, 
     n = flat.numel()
     if n == 0 or priority.numel() == 1:
         return flat, priority.reshape(-1)[:1].expand(n)
-    # `extend` of a storage of several dimensions passes N indices with priorities [B, T, 1], where B * T = N.
+    # For a storage of two dimensions, `extend` passes B * T indices and priorities [B, T, 1].
     if not any(priority.shape[:d].numel() == n for d in range(priority.ndim + 1)):
         raise ValueError(
-            f"priority must be one number, or one for each of the {n} indices and further dimensions "
-            f"behind; got shape {tuple(priority.shape)}"
+            f"priority must be one number, or one for each of {n} indices (with further dimensions "
+            f"behind), got shape {tuple(priority.shape)}"
         )
     # `add` of a stored trajectory passes the same index once for each of its steps.
     if bool((flat == flat[0]).all()):
@@ -96,3 +100,50 @@ def paired_values(priority: Any, flat: Tensor, reduction: str) -> tuple[Tensor, 
     if reduction == "mean":
         return flat, values.mean(1)
     return flat, getattr(values, reduction)(1).values
+
+
+def selected_values(
+    values: Any, index: Any, capacity: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Pair values set in bulk with the entries they are for, or say what does not fit.
+
+    Args:
+        values: ``[n]`` or ``[n, 1]``.
+        index: None for the first ``n`` entries, ``[n]`` integers, or a bool mask that is True ``n``
+            times.
+        capacity: all indices must be in ``[0, capacity)``.
+        device: where the results are wanted.
+
+    Returns:
+        Indices ``[n]`` and values ``[n]``.
+
+    Raises:
+        TypeError: if ``index`` holds neither integers nor bools.
+        ValueError: if a shape does not fit.
+        IndexError: if an index is out of range.
+
+    Examples:
+        >>> selected_values([5.0], torch.tensor([False, True]), 3, torch.device("cpu"))
+        (tensor([1]), tensor([5.]))
+    """
+    values = torch.as_tensor(values, device=device).detach()
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values.squeeze(1)
+    if values.ndim != 1:
+        raise ValueError(f"values must have shape [n] or [n, 1], got {tuple(values.shape)}")
+    n = values.numel()
+    if index is None:
+        if n > capacity:
+            raise ValueError(f"values must hold at most max_capacity={capacity} numbers, got {n}")
+        return torch.arange(n, device=device), values
+    index = torch.as_tensor(index, device=device)
+    if index.dtype == torch.bool and index.ndim == 1:
+        index = index.nonzero().squeeze(1)
+    index = integer_tensor(index, device)
+    if index.shape != values.shape:
+        raise ValueError(
+            f"index must select one entry for each of {n} values, got {tuple(index.shape)}"
+        )
+    if n and (int(index.min()) < 0 or int(index.max()) >= capacity):
+        raise IndexError(f"index must be in [0, {capacity}), got {index}")
+    return index, values

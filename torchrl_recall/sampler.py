@@ -1,7 +1,8 @@
 """The replay-buffer sampler that picks transitions of high value, where traces shall start.
 
-First station of the data's way: replay buffer -> `ValuePrioritizedSampler` -> BacktrackTransform. How values become
-probabilities is in `value_weights.py`; `values.py` computes values from a value network.
+First station of the data's way: replay buffer -> `ValuePrioritizedSampler` -> BacktrackTransform.
+How values become probabilities is in `value_weights.py`, how TorchRL's arguments become values in
+`priority_arguments.py`; `values.py` computes values from a value network.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import operator
 import warnings
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tensordict import MemoryMappedTensor
@@ -21,10 +22,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchrl.data import PrioritizedSampler
 
-from .priority_arguments import REDUCTIONS, flat_index, integer_tensor, paired_values
-from .value_weights import checked_parameter, value_weights
+from torchrl_recall.priority_arguments import REDUCTIONS, flat_index, paired_values, selected_values
+from torchrl_recall.value_weights import DrawTable, checked_parameter, value_weights
 
-# "No value yet". TorchRL passes `default_priority` through float32, which represents this number exactly.
+# "No value yet"; exact in float32, through which TorchRL passes `default_priority`.
 _NO_VALUE = torch.finfo(torch.float32).min
 _DTYPES = {"torch.float32": torch.float32, "torch.float64": torch.float64}
 _SCHEMA_VERSION = 1
@@ -41,66 +42,64 @@ def _parameter(name: str, doc: str) -> Any:
     return property(fget, fset, doc=doc)
 
 
-class _Table(NamedTuple):
-    """What a draw needs: the entries of positive weight among the first ``size``, and their cumulative weights."""
-
-    size: int
-    index: Tensor
-    weight: Tensor
-    cumulative: Tensor
-
-
 class ValuePrioritizedSampler(PrioritizedSampler):
     r"""Draw stored transitions by value, so that traces start where the return is high.
 
-    Goyal et al. 2019, "Recall Traces" (https://arxiv.org/abs/1804.00379), roll the backtracking model out from
-    high-value states; this sampler finds them. An entry has a value :math:`V_i` (any sign), has *no value yet*, or had
-    a non-finite one, which bars it from being drawn. With :math:`n` the number of stored entries that may be drawn, the
-    probability of entry :math:`i` is proportional to
+    Goyal et al. 2019, "Recall Traces" (https://arxiv.org/abs/1804.00379), roll the backtracking
+    model out from high-value states; this sampler finds them. An entry has a value :math:`V_i` of
+    any sign, or has *no value yet*, or was given a non-finite one and is never drawn. With
+    :math:`n` the number of stored entries that may be drawn, entry :math:`i` has a probability
+    proportional to
 
-    - ``"top"``: 1 for the best :math:`k = \max(1, \lceil \text{top} \cdot n \rceil)`, else 0. Where :math:`m` entries
-      tie at the threshold and :math:`a` are above it, each of the :math:`m` has weight :math:`(k - a) / m`.
+    - ``"top"``: 1 for the best :math:`k = \max(1, \lceil \text{top} \cdot n \rceil)`, else 0.
+      Where :math:`m` entries tie at the threshold, and :math:`a` are above it, each of the
+      :math:`m` has weight :math:`(k - a) / m`.
     - ``"soft"``: :math:`\exp(V_i / \text{temperature})`.
-    - ``"rank"``: :math:`1 / \text{rank}_i^\alpha`, where the largest value has rank 1; ties share the mean over their
-      ranks.
-    - ``"per"``: :math:`(|V_i| + \text{eps})^\alpha`, TorchRL's prioritized replay. The only mode in which a larger
-      value may be less likely.
+    - ``"rank"``: :math:`1 / \text{rank}_i^\alpha`, where the largest value has rank 1; ties share
+      the mean over their ranks.
+    - ``"per"``: :math:`(|V_i| + \text{eps})^\alpha`, TorchRL's prioritized replay. The only mode
+      in which a larger value may be less likely.
 
-    "No value yet" counts as :math:`-\infty` (in ``"per"`` as :math:`|V_i| = 0`); while nothing has a value, the draw is
-    uniform. With ``min_value``, only entries of at least this value are drawn (:math:`k` and the ranks stay those of
-    all); if none reaches it, it is ignored, and `BacktrackTransform` can mask such starts.
+    "No value yet" counts as :math:`-\infty`, and in ``"per"`` as :math:`|V_i| = 0`; while nothing
+    has a value, the draw is uniform. With ``min_value``, only entries of at least this value are
+    drawn (:math:`k` and the ranks stay those of all); if none reaches it, it is ignored, and
+    BacktrackTransform can mask such starts.
 
-    It is a `PrioritizedSampler` so that TorchRL's priority paths work, ``TensorDictReplayBuffer(priority_key=...)``
-    among them, but needs neither sum trees nor TorchRL's extension. One pass over all values follows each change of
-    them (O(n), for ``"rank"`` O(n log n)); a draw between changes costs a binary search.
+    It is a `PrioritizedSampler` for TorchRL's priority paths, such as
+    ``TensorDictReplayBuffer(priority_key=...)``, but needs neither sum trees nor TorchRL's
+    extension. The first draw after a change takes one pass over all values (O(n), ``"rank"``
+    O(n log n)); further ones take a binary search.
 
     Args:
-        max_capacity: number of entries, that of the storage. If the storage turns out larger, the sampler grows.
+        max_capacity: number of entries, that of the storage. With a larger storage, it grows.
         alpha: exponent of ``"rank"`` and ``"per"``, at least 0.
-        beta: ``info["priority_weight"]`` is :math:`(w_i / \min_j w_j)^{-\beta}` over the entries of positive weight
-            :math:`w`. The default 0 gives ones: preferring high values is a choice, not a bias to undo.
+        beta: ``info["priority_weight"]`` is :math:`(w_i / \min_j w_j)^{-\beta}` over the entries of
+            positive weight :math:`w`. The default 0 gives ones: to prefer high values is a choice,
+            not a bias to undo.
         mode: ``"top"``, ``"soft"``, ``"rank"`` or ``"per"``.
-        top: fraction kept by ``"top"``, in (0, 1].
+        top: fraction that ``"top"`` keeps, in (0, 1].
         temperature: of ``"soft"``, positive.
         min_value: least value to draw, or None.
         eps: positive, for ``"per"``.
         dtype: of the stored values, ``torch.float32`` or ``torch.float64``.
-        reduction: ``"max"``, ``"min"``, ``"mean"`` or ``"median"``: one value from those of a stored trajectory.
-        device: where the values live. None: with a CUDA storage on its device, else on the CPU.
+        reduction: ``"max"``, ``"min"``, ``"mean"`` or ``"median"``, the value of a stored
+            trajectory from those of its steps.
+        device: where the values live. None: a CUDA storage's device, else the CPU.
 
-    ``mode``, ``top``, ``temperature``, ``min_value``, ``alpha``, ``beta`` and ``eps`` can be set at any time, also by
-    TorchRL's parameter schedulers.
+    ``mode``, ``top``, ``temperature``, ``min_value``, ``alpha``, ``beta`` and ``eps`` can be set at
+    any time, also by TorchRL's parameter schedulers.
 
     Raises:
         ValueError: if an argument is out of its range.
         TypeError: if an argument is of the wrong type.
 
     Examples:
+        >>> import torch
         >>> from tensordict import TensorDict
         >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
         >>> sampler = ValuePrioritizedSampler(100, top=0.02)
         >>> buffer = TensorDictReplayBuffer(
-        ...     storage=LazyTensorStorage(100), sampler=sampler, priority_key="value", batch_size=32
+        ...     storage=LazyTensorStorage(100), sampler=sampler, priority_key="value", batch_size=64
         ... )
         >>> index = buffer.extend(TensorDict({"value": torch.arange(-100.0, 0.0)}, [100]))
         >>> buffer.sample()["value"].unique()
@@ -114,8 +113,8 @@ class ValuePrioritizedSampler(PrioritizedSampler):
     top = _parameter("top", 'Fraction of the entries that the mode "top" keeps.')
     temperature = _parameter("temperature", 'Temperature of the mode "soft".')
     min_value = _parameter("min_value", "Least value to draw, or None.")
-    alpha = _parameter("alpha", 'Exponent of the modes "rank" and "per".')
-    beta = _parameter("beta", "Exponent of the importance weights.")
+    alpha = _parameter("alpha", 'Exponent of "rank" and "per".')  # pyright: ignore
+    beta = _parameter("beta", "Exponent of the importance weights.")  # pyright: ignore
     eps = _parameter("eps", 'Added to the absolute value in the mode "per".')
 
     def __init__(
@@ -156,7 +155,7 @@ class ValuePrioritizedSampler(PrioritizedSampler):
     def _init(self) -> None:
         device = self._values.device if hasattr(self, "_values") else self._device
         self._values = torch.full((self._max_capacity,), _NO_VALUE, dtype=self.dtype, device=device)
-        self._table: _Table | None = None
+        self._table: DrawTable | None = None
         self._dirty = True
 
     def _empty(self) -> None:
@@ -183,12 +182,12 @@ class ValuePrioritizedSampler(PrioritizedSampler):
 
     @property
     def values(self) -> Tensor:
-        """A copy of the values, ``[max_size]``: ``-inf`` is "no value yet", NaN is "never drawn"."""
+        """A copy of the values, ``[max_size]``; ``-inf``: no value yet, NaN: never drawn."""
         return _as_minus_infinity(self._values)
 
     # Drawing
 
-    def sample(self, storage: Any, batch_size: int) -> tuple[Any, dict[str, Any]]:
+    def sample(self, storage: Any, batch_size: int) -> Any:
         """Draw indices of stored entries, with replacement.
 
         Args:
@@ -196,11 +195,11 @@ class ValuePrioritizedSampler(PrioritizedSampler):
             batch_size: number of draws.
 
         Returns:
-            The indices, ``[batch_size]`` int64 (a tuple of such, one for each dimension, if the storage has several),
-            and ``{"priority_weight": [batch_size] float32}``.
+            A pair: the indices, ``[batch_size]`` int64, or a tuple of such for a storage of several
+            dimensions; and ``{"priority_weight": weights}``, ``[batch_size]`` float32.
 
         Raises:
-            RuntimeError: if the storage is empty, or no stored entry has a finite value or none yet.
+            RuntimeError: if the storage is empty, or all values in it are non-finite.
         """
         if len(storage) == 0:
             raise RuntimeError("Cannot sample from an empty storage.")
@@ -213,36 +212,27 @@ class ValuePrioritizedSampler(PrioritizedSampler):
             generator=generator,
             device=self.device if generator is None else generator.device,
         ).to(self.device)
-        cumulative = table.cumulative
-        position = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)
-        position.clamp_(max=cumulative.numel() - 1)
-        index = table.index[position]
-        importance = torch.ones_like(uniform)
-        if self.beta > 0:
-            importance = (table.weight[position] / table.weight.min()) ** -self.beta
+        index, importance = table.draw(uniform, self.beta)
         if storage.ndim > 1:
             index = torch.unravel_index(index, storage.shape)
-        return index, {"priority_weight": importance.float()}
+        return index, {"priority_weight": importance}
 
-    def _current_table(self, size: int) -> _Table:
+    def _current_table(self, size: int) -> DrawTable:
         table = self._table
         if table is not None and table.size == size and not self._dirty:
             return table
         # Cleared before the values are read: a write that comes in between sets it again.
-        self._dirty = False
-        # A larger storage may have been attached: what lies beyond the capacity has no value yet.
+        self._table, self._dirty = None, False
+        # What a larger storage holds beyond the capacity has no value yet.
         values = pad(self._values[:size], (0, max(0, size - self._max_capacity)), value=_NO_VALUE)
         parameters = {name: value for name, value in self._parameters.items() if name != "beta"}
-        weights = value_weights(_as_minus_infinity(values), **parameters)
-        # Entries of weight 0 are left out, so that no rounding can draw one.
-        index = weights.nonzero().squeeze(1)
-        if not index.numel():
+        table = DrawTable.of(value_weights(_as_minus_infinity(values), **parameters))
+        if not table.entry.numel():
             raise RuntimeError(
-                f"Nothing can be drawn: all {size} stored entries had non-finite values. Check the value network, "
-                "then give finite values by update_priority or refresh."
+                f"All {size} stored entries were given non-finite values, so none can be drawn; "
+                "check what computes the values, and give finite ones by update_priority or refresh."
             )
-        weight = weights[index]
-        self._table = table = _Table(size, index, weight, weight.cumsum(0))
+        self._table = table
         return table
 
     # Writing
@@ -270,15 +260,17 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         """Set the values of some entries; TorchRL calls this when data with a priority key come in.
 
         Args:
-            index: an int, a tensor ``[N]``, or for a storage of several dimensions ``[N, ndim]`` or a tuple of one
-                tensor for each. Negative ones are skipped. If an index comes several times, any of
-                its values may win (if only one index comes, several times: their reduction).
-            priority: values of any sign, one number for all, or ``[N, ...]``, where `reduction` reduces further
-                dimensions. The default priority means "no value yet"; non-finite ones are never drawn.
-            storage: the storage the indices belong to; needed if it has several dimensions.
+            index: an int, a tensor ``[N]``, or for a storage of several dimensions ``[N, ndim]`` or
+                a tuple of one tensor for each. Negative ones are skipped. If an index comes several
+                times, any of its values may win (if no other index comes: their reduction).
+            priority: values of any sign: one number for all, or ``[N, ...]``, where the reduction
+                takes further dimensions. The default priority stands for "no value yet".
+                Non-finite values bar their entries from being drawn.
+            storage: what the indices belong to; needed if it has several dimensions.
 
         Raises:
-            ValueError: if ``priority`` does not fit ``index``, or ``index`` has a shape that does not fit the storage.
+            TypeError: if ``index`` does not hold integers.
+            ValueError: if ``priority`` does not fit ``index``, or ``index`` the storage.
             IndexError: if an index is beyond both the storage and ``max_capacity``.
         """
         self._maybe_init_from_storage(storage)
@@ -291,51 +283,33 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         """Set all values, or those at ``index``, at once, as after a critic's update.
 
         Args:
-            values: ``[n]`` or ``[n, 1]``; without ``index`` those of the first ``n`` entries of the storage (flattened,
-                if it has several dimensions). Non-finite ones are never drawn.
-            index: which entries, flat; int64 ``[n]``, or a bool mask of at most ``max_capacity`` with ``n`` times True.
+            values: ``[n]`` or ``[n, 1]``. Without ``index`` those of the storage's first ``n``
+                entries, flattened if it has several dimensions. Non-finite ones are never drawn.
+            index: which entries of the flattened storage, ``[n]`` integers, or a bool mask
+                ``[<= max_capacity]`` that is True ``n`` times. If an index comes several times,
+                any of its values may win.
 
         Raises:
+            TypeError: if ``index`` holds neither integers nor bools.
             ValueError: if a shape does not fit.
             IndexError: if an index is out of range.
-            TypeError: if ``index`` holds neither integers nor bools.
         """
-        values = torch.as_tensor(values, device=self.device).detach()
-        if values.ndim == 2 and values.shape[1] == 1:
-            values = values.squeeze(1)
-        if values.ndim != 1:
-            raise ValueError(f"values must have shape [n] or [n, 1], got {tuple(values.shape)}")
-        n = values.numel()
-        if index is None:
-            if n > self._max_capacity:
-                raise ValueError(f"values must hold at most {self._max_capacity} numbers, got {n}")
-            self._write(torch.arange(n, device=self.device), values)
-            return
-        index = torch.as_tensor(index, device=self.device)
-        if index.dtype == torch.bool and index.ndim == 1:
-            index = index.nonzero().squeeze(1)
-        index = integer_tensor(index, self.device)
-        if index.shape != values.shape:
-            raise ValueError(
-                f"index must select as many entries as there are values ({n}), got shape {tuple(index.shape)}"
-            )
-        if n and (int(index.min()) < 0 or int(index.max()) >= self._max_capacity):
-            raise IndexError(f"index must be within [0, {self._max_capacity}), got {index}")
-        self._write(index, values)
+        self._write(*selected_values(values, index, self._max_capacity, self.device))
 
     def _write(self, flat: Tensor, values: Tensor) -> None:
-        """Store values at flat indices, skipping negative ones; then report the first non-finite values."""
+        """Store values at flat indices, negative ones skipped; report the first non-finite ones."""
         keep = flat >= 0
         values = values[keep].to(self._values)
         bad = ~values.isfinite()
         self._values[flat[keep]] = values.masked_fill(bad, math.nan)
         self._dirty = True
-        # The data are stored already, so a bad value must not fail the write: warn when all is done.
+        # The data are stored already and must not be lost over a bad value: warn, and last of all.
         if not self._warned and bool(bad.any()):
             self._warned = True
             warnings.warn(
-                f"{type(self).__name__} got {int(bad.sum())} value(s) that are not finite in {self.dtype}. Their "
-                "entries are not drawn until they get a finite value. Further ones are not reported.",
+                f"{type(self).__name__} got {int(bad.sum())} value(s) that are not finite in "
+                f"{self.dtype}; their entries are not drawn until they get finite ones. This is said "
+                "once per sampler.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -359,7 +333,7 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         device = getattr(storage, "device", None)
         if self._device is None and device not in (None, "auto"):
             device = torch.device(device)
-            if device.type == "cuda" and device != self.device:
+            if device.type == "cuda" and self.device.type != "cuda":
                 self._values = self._values.to(device)
                 self._dirty = True
 
@@ -374,9 +348,9 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned. The sampler keeps its dtype and device, and grows if need be.
+        """Restore what `state_dict` returned, in this sampler's dtype and on its device.
 
-        Load after the replay buffer has been built: a buffer built on a filled storage resets all values.
+        Load after the replay buffer is built: one built on a filled storage resets all values.
 
         Raises:
             KeyError: if an entry is missing.
@@ -388,7 +362,8 @@ class ValuePrioritizedSampler(PrioritizedSampler):
             raise KeyError(f"state_dict lacks {missing}; is it from a ValuePrioritizedSampler?")
         if state_dict["_schema_version"] != _SCHEMA_VERSION:
             raise ValueError(
-                f"state_dict must have _schema_version {_SCHEMA_VERSION}, got {state_dict['_schema_version']!r}"
+                f"state_dict must have _schema_version {_SCHEMA_VERSION}, got "
+                f"{state_dict['_schema_version']!r}"
             )
         self._parameters = {
             name: checked_parameter(name, state_dict[name]) for name in self._parameters
@@ -399,8 +374,8 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         # A float64 value may be too large for float32.
         self._values[: values.numel()] = values.masked_fill(values.isinf(), math.nan)
 
-    def dumps(self, path: Any) -> None:
-        """Write the state into the folder ``path``, made if missing: a memory-mapped tensor and a JSON file."""
+    def dumps(self, path: Any) -> None:  # pyright: ignore
+        """Write the state into the folder ``path``: a memory-mapped tensor and a JSON file."""
         folder = Path(path).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         state = self.state_dict()
@@ -409,7 +384,7 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         state |= {"capacity": values.numel(), "dtype": str(values.dtype)}
         (folder / "sampler_metadata.json").write_text(json.dumps(state))
 
-    def loads(self, path: Any) -> None:
+    def loads(self, path: Any) -> None:  # pyright: ignore
         """Restore what `dumps` wrote."""
         folder = Path(path).absolute()
         state = json.loads((folder / "sampler_metadata.json").read_text())
@@ -420,11 +395,11 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         )
         self.load_state_dict({**state, "_values": values})
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Any:
         if get_spawning_popen() is not None:
             raise RuntimeError(
-                f"A {type(self).__name__} cannot be sent to another process: values set in one would not reach the "
-                "other. Keep it in the learner's buffer, and give workers a buffer with a RandomSampler."
+                f"A {type(self).__name__} cannot be sent to another process: values set in one would "
+                "not reach the other. Keep it in the learner's buffer; give workers a RandomSampler."
             )
         return {**self.__dict__, "_rng": None, "_table": None}
 

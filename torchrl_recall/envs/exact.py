@@ -195,7 +195,7 @@ def backtrack_kernel(env: FourRoomsEnv, action_probability: Tensor) -> Backtrack
     # An episode ends at the goal: no step leaves it.
     leaving = visits * (1 - _at_goal(env))
     flow = leaving[:, None] * _as_policy(env, action_probability)
-    flow = (flow.unsqueeze(-1) * transition_probability(env)).permute(2, 1, 0)
+    flow = (flow.unsqueeze(-1) * transition_probability(env)).permute(2, 1, 0).contiguous()
     # What flows in is D(s') - μ0(s'), without the cancellation.
     inflow = flow.sum((1, 2))
     predecessor = torch.where(inflow > 0, 1 / inflow, 0.0)[:, None, None] * flow

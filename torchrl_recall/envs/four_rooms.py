@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torch.nn import functional
 from torchrl.data import Categorical, Composite, MultiCategorical, Unbounded
 from torchrl.envs import EnvBase
 
@@ -209,7 +208,7 @@ class FourRoomsEnv(EnvBase):
             mask = mask.view(old.shape)
             cell, count = torch.where(mask, cell, old), torch.where(mask, count, self._count)
         self._cell, self._count = cell, count
-        return self._make({"observation": functional.embedding(cell, self._coordinates)})
+        return self._make({"observation": self._coordinates[cell]})
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         action, old = tensordict.get("action"), self._cell
@@ -235,7 +234,7 @@ class FourRoomsEnv(EnvBase):
             done = terminated | truncated
         return self._make(
             {
-                "observation": functional.embedding(cell, self._coordinates),
+                "observation": self._coordinates[cell],
                 "reward": reward.unsqueeze(-1),
                 "terminated": terminated.unsqueeze(-1),
                 "truncated": truncated.unsqueeze(-1),

@@ -65,8 +65,13 @@ class EagerWalk:
         if isinstance(self.action_head, CategoricalHead):
             self.action_weight = self.action_weight.contiguous()
         if isinstance(self.delta_head, NormalDelta):
-            layers[0][-1], self.delta_log_unit = self._fold_delta(*layers[0][-1])
+            layers[0][-1], self.delta_low = self._fold_delta(*layers[0][-1])
+            low, high = self.delta_head.log_scale_range
+            self.delta_width = high - low
             self._fold_first_is_last(layers)
+        if isinstance(self.action_head, NormalHead | TanhNormalHead):
+            low, high = self.action_head.log_scale_range
+            self.action_low, self.action_width = delta_bias.new_tensor(low), high - low
 
         first = [net_layers[0] for net_layers in layers]
         weight, bias = (torch.cat(column) for column in zip(*first, strict=True))
@@ -113,43 +118,74 @@ class EagerWalk:
         states[num_steps] = start
         action_out = noise.action.new_empty(num_steps, n, self.action_head.output_size)
         delta_out = noise.action.new_empty(num_steps, n, self.delta_head.output_size)
-        if isinstance(self.action_head, CategoricalHead):
-            actions = torch.empty(num_steps, n, dtype=torch.int64, device=start.device)
-        else:
-            actions = torch.empty_like(noise.action)
+        classes = isinstance(self.action_head, CategoricalHead)
+        actions = noise.action.new_empty(
+            (num_steps, n) if classes else noise.action.shape,
+            dtype=torch.int64 if classes else noise.action.dtype,
+        )
         first = noise.action.new_empty(n, sum(self.widths))
         buffers = [[first.new_empty(n, len(b)) for _, b in net[:-1]] for net in self.rest]
         stop_out = first.new_empty(num_steps, n, 1) if noise.stop is not None else None
         delta_first, action_first, *stop_first = first.split(self.widths, 1)
+        # One call for all views: slicing step by step costs as much as the arithmetic.
+        columns = (states, action_out, noise.action, actions, delta_out, noise.delta)
+        state_at, action_out_at, action_noise, action_at, delta_out_at, delta_noise = (
+            column.unbind(0) for column in columns
+        )
+        action_parts = _halves(action_out) if not classes else None
+        delta_parts = _halves(delta_out) if isinstance(self.delta_head, NormalDelta) else None
 
         for t in range(num_steps - 1, -1, -1):
-            state = states[t + 1]
-            if self.first_bias is None:
-                index = self.codec.feature_index(state)
-                first.copy_(nn.functional.embedding_bag(index, self.first_weight, mode="sum"))
-            else:
-                torch.addmm(self.first_bias, state, self.first_weight, out=first)
+            state, action = state_at[t + 1], action_at[t]
+            self._enter(state, first)
             if stop_out is not None:
                 self._finish(2, stop_first[0], buffers[2], stop_out[t])
-            self._finish(1, action_first, buffers[1], action_out[t])
-            self._act(action_out[t], noise.action[t], actions[t])
-            self._add_action(delta_first, actions[t])
-            self._finish(0, delta_first, buffers[0], delta_out[t])
-            self._step_back(delta_out[t], state, noise.delta[t], states[t])
+            self._finish(1, action_first, buffers[1], action_out_at[t])
+            if action_parts is None:
+                action.copy_(sample_index(action_out_at[t], action_noise[t].squeeze(-1)))
+                delta_first.add_(self.action_weight[action])
+            else:
+                loc, raw = action_parts[0][t], action_parts[1][t]
+                scale = torch.add(self.action_low, torch.sigmoid(raw), alpha=self.action_width)
+                torch.addcmul(loc, scale.exp_(), action_noise[t], out=action)
+                if isinstance(self.action_head, TanhNormalHead):
+                    action.clamp_(-TANH_LIMIT, TANH_LIMIT).tanh_()
+                delta_first.addmm_(action, self.action_weight)
+            self._finish(0, delta_first, buffers[0], delta_out_at[t])
+            if delta_parts is None:
+                before, _ = self.delta_head.predecessor(delta_out_at[t], state, delta_noise[t])
+                state_at[t].copy_(before)
+            else:
+                loc, raw = delta_parts[0][t], delta_parts[1][t]
+                scale = torch.add(self.delta_low, torch.sigmoid(raw), alpha=self.delta_width)
+                torch.addcmul(state, scale.exp_(), delta_noise[t], out=state_at[t]).add_(loc)
 
         # Nothing was kept of the loop but outputs and noise: enough for all log-probabilities.
         if isinstance(self.action_head, CategoricalHead):
             action_log_prob = self.action_head.log_prob(action_out, actions)
         else:
-            values, action_log_prob = self.action_head.sample(action_out, noise.action)
-            actions = values
+            actions, action_log_prob = self.action_head.sample(action_out, noise.action)
+        if delta_parts is None:
+            delta_log_prob = self.delta_head.predecessor_log_prob(
+                delta_out, states[:-1], states[1:]
+            )
+        else:
+            raw = delta_out.chunk(2, -1)[1]
+            log_scale = torch.add(self.delta_low, torch.sigmoid(raw), alpha=self.delta_width)
+            delta_log_prob = normal_log_prob(noise.delta, log_scale)
         alive = None
         if stop_out is not None and noise.stop is not None:
             goes_on = noise.stop >= torch.sigmoid(stop_out.squeeze(-1))
             alive = goes_on.flip(0).int().cumprod(0).flip(0).bool()
-        return Walk(
-            states, actions, action_log_prob, self._delta_log_prob(delta_out, states, noise), alive
-        )
+        return Walk(states, actions, action_log_prob, delta_log_prob, alive)
+
+    def _enter(self, state: Tensor, first: Tensor) -> None:
+        """Run the first layer of all networks at once."""
+        if self.first_bias is None:
+            index = self.codec.feature_index(state)
+            first.copy_(nn.functional.embedding_bag(index, self.first_weight, mode="sum"))
+        else:
+            torch.addmm(self.first_bias, state, self.first_weight, out=first)
 
     def _finish(self, net: int, hidden: Tensor, buffers: list[Tensor], out: Tensor) -> None:
         """Run the layers behind the first one."""
@@ -164,41 +200,11 @@ class EagerWalk:
         weight, bias = self.rest[net][-1]
         torch.addmm(bias, hidden, weight, out=out)
 
-    def _act(self, out: Tensor, noise: Tensor, action: Tensor) -> None:
-        """Write the action as the delta network sees it (a class: its index)."""
-        head = self.action_head
-        if isinstance(head, CategoricalHead):
-            action.copy_(sample_index(out, noise.squeeze(-1)))
-            return
-        loc, raw = out.chunk(2, -1)
-        low, high = head.log_scale_range
-        scale = torch.sigmoid(raw).mul_(high - low).add_(low).exp_()
-        torch.addcmul(loc, scale, noise, out=action)
-        if isinstance(head, TanhNormalHead):
-            action.clamp_(-TANH_LIMIT, TANH_LIMIT).tanh_()
 
-    def _add_action(self, first: Tensor, action: Tensor) -> None:
-        if isinstance(self.action_head, CategoricalHead):
-            first.add_(self.action_weight[action])
-        else:
-            first.addmm_(action, self.action_weight)
-
-    def _step_back(self, out: Tensor, state: Tensor, noise: Tensor, previous: Tensor) -> None:
-        if not isinstance(self.delta_head, NormalDelta):
-            previous.copy_(self.delta_head.predecessor(out, state, noise)[0])
-            return
-        loc, raw = out.chunk(2, -1)
-        low, high = self.delta_head.log_scale_range
-        scale = torch.add(self.delta_log_unit, torch.sigmoid(raw), alpha=high - low).exp_()
-        torch.addcmul(state, scale, noise, out=previous).add_(loc)
-
-    def _delta_log_prob(self, out: Tensor, states: Tensor, noise: TraceNoise) -> Tensor:
-        if isinstance(self.delta_head, NormalHead):
-            raw = out.chunk(2, -1)[1]
-            low, high = self.delta_head.log_scale_range
-            log_scale = torch.add(self.delta_log_unit, torch.sigmoid(raw), alpha=high - low)
-            return normal_log_prob(noise.delta, log_scale)
-        return self.delta_head.predecessor_log_prob(out, states[:-1], states[1:])
+def _halves(parameters: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return location and raw scale of every step."""
+    loc, raw = parameters.chunk(2, -1)
+    return loc.unbind(0), raw.unbind(0)
 
 
 def _activation(module: nn.Module) -> Callable[[Tensor], Tensor]:
