@@ -161,17 +161,18 @@ class TestEpisodes:
     def test_masked_mazes_hold_still(self):
         env = FourRoomsEnv(5, batch_size=(3,), max_steps=5)
         td = env.reset()
-        for action in (RIGHT, RIGHT, DOWN, DOWN):
-            td.set("_step", torch.tensor([True, False, action != DOWN]))
+        for t, action in enumerate((RIGHT, RIGHT, DOWN, DOWN)):
+            td.set("_step", torch.tensor([True, False, t < 3]))
             td = env.step(td.set("action", torch.full((3,), action)))["next"]
-        assert td["observation"].tolist() == [[3, 3], [1, 1], [1, 3]]
+        # Maze 2 holds in front of the goal, its action notwithstanding.
+        assert td["observation"].tolist() == [[3, 3], [1, 1], [2, 3]]
         assert td["reward"].tolist() == [[1], [0], [0]]
         ends = []
         for _ in range(5):
             td = env.step(td.set("action", torch.full((3,), UP)))["next"]
             ends.append(td["truncated"].squeeze(-1).tolist())
         assert ends.index([True, False, False]) == 0
-        assert ends.index([True, False, True]) == 2
+        assert ends.index([True, False, True]) == 1
         assert ends.index([True, True, True]) == 4
 
     def test_rollout_until_all_are_done(self):

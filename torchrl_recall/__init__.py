@@ -1,6 +1,18 @@
 """Recall traces for TorchRL: learn what led to high-value states, and imitate it."""
 
+from torchrl_recall.loss import BacktrackLoss, RecallTraceLoss
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.sampler import ValuePrioritizedSampler
 from torchrl_recall.traces import sample_traces
+from torchrl_recall.transform import BacktrackTransform
+from torchrl_recall.values import transition_value
 
-__all__ = ["BacktrackModel", "sample_traces"]
+__all__ = [
+    "BacktrackLoss",
+    "BacktrackModel",
+    "BacktrackTransform",
+    "RecallTraceLoss",
+    "ValuePrioritizedSampler",
+    "sample_traces",
+    "transition_value",
+]

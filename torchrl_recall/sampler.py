@@ -185,8 +185,6 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         """A copy of the values, ``[max_size]``; ``-inf``: no value yet, NaN: never drawn."""
         return _as_minus_infinity(self._values)
 
-    # Drawing
-
     def sample(self, storage: Any, batch_size: int) -> Any:
         """Draw indices of stored entries, with replacement.
 
@@ -230,12 +228,10 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         if not table.entry.numel():
             raise RuntimeError(
                 f"All {size} stored entries were given non-finite values, so none can be drawn; "
-                "check what computes the values, and give finite ones by update_priority or refresh."
+                "check what computes them, and set finite ones with update_priority or refresh."
             )
         self._table = table
         return table
-
-    # Writing
 
     def add(self, index: Any) -> None:
         """Do nothing: `mark_update` has been told of the new entry."""
@@ -303,13 +299,13 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         bad = ~values.isfinite()
         self._values[flat[keep]] = values.masked_fill(bad, math.nan)
         self._dirty = True
-        # The data are stored already and must not be lost over a bad value: warn, and last of all.
+        # The data are stored already and must not be lost over a bad value: warn last.
         if not self._warned and bool(bad.any()):
             self._warned = True
             warnings.warn(
                 f"{type(self).__name__} got {int(bad.sum())} value(s) that are not finite in "
-                f"{self.dtype}; their entries are not drawn until they get finite ones. This is said "
-                "once per sampler.",
+                f"{self.dtype}; their entries are not drawn until they get finite ones. "
+                "This is said once per sampler.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -336,8 +332,6 @@ class ValuePrioritizedSampler(PrioritizedSampler):
             if device.type == "cuda" and self.device.type != "cuda":
                 self._values = self._values.to(device)
                 self._dirty = True
-
-    # Saving
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the values and parameters, as tensors and Python scalars."""
@@ -398,8 +392,8 @@ class ValuePrioritizedSampler(PrioritizedSampler):
     def __getstate__(self) -> Any:
         if get_spawning_popen() is not None:
             raise RuntimeError(
-                f"A {type(self).__name__} cannot be sent to another process: values set in one would "
-                "not reach the other. Keep it in the learner's buffer; give workers a RandomSampler."
+                f"A {type(self).__name__} cannot be sent to another process: values set in one "
+                "would not reach the other. Keep it with the learner; give workers a RandomSampler."
             )
         return {**self.__dict__, "_rng": None, "_table": None}
 

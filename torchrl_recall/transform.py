@@ -1,0 +1,228 @@
+"""`BacktrackTransform`: adds recall traces to what a replay buffer samples.
+
+It stands between the sampler, which picks high-value transitions, and `RecallTraceLoss`, which
+imitates the traces that lead there.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from torch import Tensor
+from torchrl.envs.transforms import Transform
+
+from torchrl_recall.checks import check_at_least_one, check_device, check_real
+from torchrl_recall.model import BacktrackModel
+from torchrl_recall.observation import sorted_keys
+from torchrl_recall.traces import sample_traces
+from torchrl_recall.traces.sample import Backend
+
+
+class BacktrackTransform(Transform):
+    """Samples recall traces that lead to the next state of every sampled transition.
+
+    Append it to a replay buffer: each ``sample()`` then carries a nested TensorDict at ``"trace"``,
+    an ordinary rollout of batch ``[*B, T]`` (``[*B, N, T]`` with ``num_traces=N``), oldest step
+    first, whose last step leads into the sampled transition's next state. Steps that are not worth
+    imitating are masked at ``("trace", "collector", "mask")``, which TorchRL's losses obey.
+
+    As a collector's ``postproc`` it works with ``Collector`` and ``MultiSyncCollector``. On an
+    environment it does nothing. The model is shared, not owned: it stays out of ``parameters()``,
+    ``state_dict()`` and ``to()`` of the transform.
+
+    Args:
+        model (BacktrackModel): the model to walk with, as it is at each call.
+
+    Keyword Args:
+        num_steps (int): length ``T`` of the traces.
+        num_traces (int, optional): number ``N`` of traces for each transition.
+        in_keys (sequence of NestedKey, optional): where to read the states that traces end in, one
+            key for each of the model's observation keys. Defaults to ``("next", observation)``.
+        out_keys (sequence of NestedKey): where to write the traces.
+        last_visit (bool): keep a step only if its state is not visited again later in the trace
+            (for discrete states and lattices).
+        min_value (float, optional): mask traces whose start has a value below this.
+        value_key (NestedKey): where to read that value, ``[*B]`` or ``[*B, 1]``.
+        generator (torch.Generator, optional): source of randomness, on the model's device. By
+            default an own one, seeded from torch's; it is saved in ``state_dict()``.
+        backend (str): backend of `sample_traces`.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: lengths below 1, or keys that do not match the model.
+
+    Non-finite start states (such as the gaps that ``NextStateReconstructor`` leaves) give a masked
+    trace with finite entries.
+
+    Source: Goyal et al., *Recall Traces*, ICLR 2019, https://arxiv.org/abs/1804.00379.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+        >>> from torchrl_recall import BacktrackModel, BacktrackTransform
+        >>> model = BacktrackModel(3, 1, num_cells=(32, 32))
+        >>> buffer = TensorDictReplayBuffer(
+        ...     storage=LazyTensorStorage(10), batch_size=4,
+        ...     transform=BacktrackTransform(model, num_steps=8))
+        >>> _ = buffer.extend(TensorDict({"next": {"observation": torch.randn(10, 3)}}, [10]))
+        >>> buffer.sample()["trace"].shape
+        torch.Size([4, 8])
+    """
+
+    def __init__(
+        self,
+        model: BacktrackModel,
+        *,
+        num_steps: int,
+        num_traces: int | None = None,
+        in_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+        last_visit: bool = True,
+        min_value: float | None = None,
+        value_key: NestedKey = "value_target",
+        generator: torch.Generator | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        if not isinstance(model, BacktrackModel):
+            raise TypeError(f"model must be a BacktrackModel, got {type(model).__name__}.")
+        in_keys = model.next_observation_keys if in_keys is None else list(in_keys)
+        out_keys = ["trace"] if out_keys is None else list(out_keys)
+        if len(in_keys) != len(model.observation_keys):
+            raise ValueError(
+                f"in_keys {in_keys} must match the model's {model.observation_keys} one for one."
+            )
+        if len(out_keys) != 1:
+            raise ValueError(f"out_keys must name one key for the traces, got {out_keys}.")
+        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        # In __dict__, or buffers would move it, switch it to eval and save it a second time.
+        self.__dict__["model"] = model
+        self.num_steps = check_at_least_one("num_steps", num_steps)
+        self.num_traces = None if num_traces is None else check_at_least_one("num_traces", num_traces)
+        self.last_visit = bool(last_visit)
+        self.value_key = unravel_key(value_key)
+        self.backend: Backend = backend
+        if min_value is not None:
+            min_value = check_real("min_value", min_value, -float("inf"), float("inf"))
+        self.min_value = min_value
+        if generator is None:
+            seed = int(torch.empty((), dtype=torch.int64).random_())
+            generator = torch.Generator(model.device).manual_seed(seed)
+        else:
+            check_device("generator", generator.device, model.device)
+        self.generator = generator
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the traces of every row of ``tensordict`` at the out key.
+
+        Args:
+            tensordict (TensorDictBase): sampled transitions, any batch shape ``*B``.
+
+        Returns:
+            TensorDictBase: the same object with the traces.
+
+        Raises:
+            KeyError: a key is missing, unless ``missing_tolerance`` is set.
+            ValueError: empty data, or wrong shapes, dtypes or devices.
+        """
+        missing = [key for key in self.in_keys if tensordict.get(key, default=None) is None]
+        if missing:
+            if self.missing_tolerance:
+                return tensordict
+            raise KeyError(
+                f"in_keys {missing} are missing from the data, which has {sorted_keys(tensordict)}."
+            )
+        if tensordict.numel() == 0:
+            raise ValueError(f"the data is empty: batch size {tuple(tensordict.shape)}.")
+        # Inside forward: grad mode is thread-local, and prefetch threads start with it on.
+        with torch.no_grad():
+            tensordict.set(self.out_keys[0], self._traces(tensordict))
+        return tensordict
+
+    def _traces(self, tensordict: TensorDictBase) -> TensorDict:
+        codec = self.model.observation
+        start = codec.read(tensordict, self.in_keys, require_finite=False)
+        eligible = None
+        if start.is_floating_point():
+            eligible = torch.isfinite(start).all(-1)
+            start = torch.where(eligible.unsqueeze(-1), start, torch.zeros_like(start))
+        if self.min_value is not None:
+            reached = self._start_value(tensordict) >= self.min_value
+            eligible = reached if eligible is None else eligible & reached
+        trace = sample_traces(
+            self.model,
+            codec.restore(start),
+            num_steps=self.num_steps,
+            num_traces=self.num_traces,
+            last_visit=self.last_visit,
+            generator=self._generator(),
+            backend=self.backend,
+        )
+        if eligible is not None:
+            mask = trace.get(("collector", "mask"))
+            mask &= eligible.reshape(*eligible.shape, *[1] * (mask.ndim - eligible.ndim))
+        return trace
+
+    def _start_value(self, tensordict: TensorDictBase) -> Tensor:
+        value = tensordict.get(self.value_key, default=None)
+        if value is None:
+            raise KeyError(
+                f"value_key {self.value_key!r}, needed for min_value, is missing from the data, "
+                f"which has {sorted_keys(tensordict)}."
+            )
+        if value.numel() != tensordict.numel():
+            raise ValueError(
+                f"value_key {self.value_key!r} has shape {tuple(value.shape)}, expected one value "
+                f"for each of {tuple(tensordict.shape)} rows."
+            )
+        return value.reshape(tensordict.shape)
+
+    def _generator(self) -> torch.Generator:
+        device = self.model.device
+        if self.generator.device.type != device.type:
+            # The model has moved: go on with a stream of the same seed over there.
+            self.generator = torch.Generator(device).manual_seed(self.generator.initial_seed())
+        return self.generator
+
+    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        return next_tensordict
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        return tensordict_reset
+
+    def transform_output_spec(self, output_spec: Any) -> Any:
+        """Leave the environment's specs as they are: there the transform does nothing."""
+        return output_spec
+
+    def get_extra_state(self) -> Tensor:
+        """Return the state of the generator."""
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the state of the generator."""
+        self.generator.set_state(state.cpu())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BacktrackTransform:
+        _refuse_async_collector()
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+
+def _refuse_async_collector() -> None:
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").endswith("collectors._multi_async"):
+            raise TypeError(
+                "MultiAsyncCollector deep-copies its postproc, so a BacktrackTransform there would "
+                "go on with frozen weights; append it to the replay buffer instead."
+            )
+        frame = frame.f_back
