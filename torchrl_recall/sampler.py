@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import numbers
-import operator
 import warnings
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
@@ -28,7 +27,7 @@ from torchrl_recall.value_weights import DrawTable, checked_parameter, value_wei
 # "No value yet"; exact in float32, through which TorchRL passes `default_priority`.
 _NO_VALUE = torch.finfo(torch.float32).min
 _DTYPES = {"torch.float32": torch.float32, "torch.float64": torch.float64}
-_SCHEMA_VERSION = 1
+_VERSION = 1
 
 
 def _parameter(name: str, doc: str) -> Any:
@@ -145,7 +144,7 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         given = {"mode": mode, "top": top, "temperature": temperature, "min_value": min_value}
         given |= {"alpha": alpha, "beta": beta, "eps": eps}
         self._parameters = {name: checked_parameter(name, value) for name, value in given.items()}
-        self._max_capacity = operator.index(max_capacity)
+        self._max_capacity = int(max_capacity)
         self.dtype = dtype
         self.reduction = reduction
         self._device = None if device is None else torch.device(device)
@@ -335,11 +334,7 @@ class ValuePrioritizedSampler(PrioritizedSampler):
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the values and parameters, as tensors and Python scalars."""
-        return {
-            "_schema_version": _SCHEMA_VERSION,
-            "_values": self._values.clone(),
-            **self._parameters,
-        }
+        return {"_schema_version": _VERSION, "_values": self._values.clone(), **self._parameters}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, in this sampler's dtype and on its device.
@@ -354,10 +349,9 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         missing = [name for name in names if name not in state_dict]
         if missing:
             raise KeyError(f"state_dict lacks {missing}; is it from a ValuePrioritizedSampler?")
-        if state_dict["_schema_version"] != _SCHEMA_VERSION:
+        if state_dict["_schema_version"] != _VERSION:
             raise ValueError(
-                f"state_dict must have _schema_version {_SCHEMA_VERSION}, got "
-                f"{state_dict['_schema_version']!r}"
+                f"_schema_version must be {_VERSION}, got {state_dict['_schema_version']!r}"
             )
         self._parameters = {
             name: checked_parameter(name, state_dict[name]) for name in self._parameters

@@ -103,7 +103,9 @@ class BacktrackTransform(Transform):
         # In __dict__, or buffers would move it, switch it to eval and save it a second time.
         self.__dict__["model"] = model
         self.num_steps = check_at_least_one("num_steps", num_steps)
-        self.num_traces = None if num_traces is None else check_at_least_one("num_traces", num_traces)
+        self.num_traces = (
+            None if num_traces is None else check_at_least_one("num_traces", num_traces)
+        )
         self.last_visit = bool(last_visit)
         self.value_key = unravel_key(value_key)
         self.backend: Backend = backend
@@ -166,6 +168,9 @@ class BacktrackTransform(Transform):
         if eligible is not None:
             mask = trace.get(("collector", "mask"))
             mask &= eligible.reshape(*eligible.shape, *[1] * (mask.ndim - eligible.ndim))
+        if any(name is not None for name in tensordict.names):
+            # A rollout names its dimensions, and TensorDict cannot extend the names by itself.
+            trace.names = [*tensordict.names, *[None] * (trace.ndim - tensordict.ndim)]
         return trace
 
     def _start_value(self, tensordict: TensorDictBase) -> Tensor:

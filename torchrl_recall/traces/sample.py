@@ -89,9 +89,7 @@ def sample_traces(
         raise ValueError(f"next_observation is empty: shape {tuple(start.shape)}, expected rows.")
     if generator is not None:
         if not isinstance(generator, torch.Generator):
-            raise TypeError(
-                f"generator must be a torch.Generator, got {type(generator).__name__}."
-            )
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
         check_device("generator", generator.device, model.device)
     walk = _backend(model, backend)
 
