@@ -1,0 +1,1 @@
+"""The main job: recall traces beside A2C on four rooms, with TorchRL's own parts."""
