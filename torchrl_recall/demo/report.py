@@ -113,6 +113,10 @@ def table(runs: Sequence[dict[str, Any]], budget: int) -> str:
             f"{seconds:6.1f}"
         )
     lines.append(f"Unsolved runs count as the budget of {budget:,} steps.")
+    if "recall_found" in methods:
+        lines.append(
+            "Goal found by reward: until the first reward, traces lead to the rarest states so far."
+        )
     if "recall_known" in methods:
         lines.append("Goal known beforehand: traces start from the goal, privileged information.")
     return "\n".join(lines)

@@ -51,11 +51,11 @@ class Settings:
     max_grad_norm: float = 0.5
     model_updates: int = 8
     model_batch: int = 256
-    imitation_updates: int = 4
+    imitation_updates: int = 8
     imitation_coeff: float = 0.5
     num_traces: int = 16
-    trace_length: int = 4  # in mazes: times size
-    refresh: int = 1  # iterations between refreshes of model and traces
+    trace_length: int = 4  # times size
+    frontier: float = 0.02  # share of the rarest transitions that traces start from at first
 
 
 class A2C:
@@ -115,11 +115,10 @@ class RecallTraces:
         storage = LazyTensorStorage(
             settings.steps + settings.num_envs * settings.rollout, device=env.device
         )
-        # Traces start from rewarded transitions: the highest values that a sparse reward gives.
+        self.sampler = ValuePrioritizedSampler(settings.steps, top=settings.frontier)
         self.recall_buffer = TensorDictReplayBuffer(
             storage=storage,
-            sampler=ValuePrioritizedSampler(settings.steps, top=1.0, min_value=0.5),
-            priority_key=("next", "reward"),
+            sampler=self.sampler,
             transform=None if goal_known else self.transform,
             batch_size=settings.num_traces,
         )
@@ -129,22 +128,33 @@ class RecallTraces:
         self.model_loss = BacktrackLoss(self.model)
         self.recall_loss = RecallTraceLoss(a2c.actor, imitation_coeff=settings.imitation_coeff)
         self.optimizer = torch.optim.Adam(self.model_loss.parameters(), settings.learning_rate)
-        self.found = goal_known
-        self.iteration = 0
+        self.found = False
+        self.visits = torch.zeros(settings.size**2, dtype=torch.int64, device=env.device)
 
     def observe(self, data: TensorDictBase) -> None:
-        """Store the rollout and fit the model on all data."""
+        """Store the rollout, say what is of value in it, and fit the model on all data."""
         keys = ("observation", "action", ("next", "observation"), ("next", "reward"))
-        self.recall_buffer.extend(data.select(*keys).reshape(-1))
-        self.found = self.found or bool((data["next", "reward"] > 0).any())
-        self.iteration += 1
-        if self.iteration % self.settings.refresh or not self.found:
-            return
+        data = data.select(*keys).reshape(-1)
+        self.recall_buffer.extend(data)
+        if self.goal is None:
+            self._refresh_values(data)
         for _ in range(self.settings.model_updates):
             loss = self.model_loss(self.model_buffer.sample())["loss_backtrack"]
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
+
+    def _refresh_values(self, data: TensorDictBase) -> None:
+        """Value of a stored transition: its reward, or before the first one how rare its end is."""
+        stored = self.recall_buffer.storage[:]["next"]
+        if self.found or bool((data["next", "reward"] > 0).any()):
+            self.found = True
+            self.sampler.top, self.sampler.min_value = 1.0, 0.5
+            self.sampler.refresh(stored["reward"])
+            return
+        cell = self.model.observation.joint_index
+        self.visits += cell(data["next", "observation"]).bincount(minlength=len(self.visits))
+        self.sampler.refresh(-self.visits[cell(stored["observation"])].float())
 
     def sample(self) -> TensorDictBase:
         """Return fresh traces."""
@@ -209,11 +219,10 @@ def train(
             sil.update(data)
         if recall is not None:
             recall.observe(data)
-            if recall.found:
-                for _ in range(settings.imitation_updates):
-                    sample = recall.sample()
-                    a2c.step(recall.recall_loss(sample))
-                traces[1:] = [drawable(steps[-1], sample["trace"])]
+            for _ in range(settings.imitation_updates):
+                sample = recall.sample()
+                a2c.step(recall.recall_loss(sample))
+            traces[1:] = [drawable(steps[-1] + data.numel(), sample["trace"])]
         steps.append(steps[-1] + data.numel())
         success.append(evaluate(env, a2c.actor))
         if progress is not None:
