@@ -114,3 +114,11 @@ def test_draws_stay_within_positive_weights(weights):
     entry, importance = table.draw(edges, 0.0)
     assert all(weights[i] > 0 for i in entry.tolist())
     torch.testing.assert_close(importance, torch.ones(4))
+
+
+def test_draws_split_the_unit_interval_by_weight():
+    table = DrawTable.of(torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64))
+    uniform = torch.tensor([0.0, 0.2499, 0.25, 0.9999], dtype=torch.float64)
+    entry, importance = table.draw(uniform, 2.0)
+    assert entry.tolist() == [0, 0, 2, 2]
+    torch.testing.assert_close(importance, torch.tensor([1.0, 1.0, 1 / 9, 1 / 9]))

@@ -16,7 +16,7 @@ from torchrl.data.tensor_specs import (
     Unbounded,
 )
 
-from torchrl_recall.checks import check_at_least_one, check_device, check_finite
+from torchrl_recall.checks import check_at_least_one, check_device, check_finite, is_one_hot
 from torchrl_recall.heads import CategoricalHead, NormalHead, TanhNormalHead
 from torchrl_recall.observation import sorted_keys
 
@@ -61,8 +61,7 @@ class ActionCodec(nn.Module):
             self.head = CategoricalHead(int(action.space.n))
         elif isinstance(action, Bounded | Unbounded) and action.dtype.is_floating_point:
             self.format = "continuous"
-            # The model's own dtype rules: TorchRL casts actions to the spec's when it must.
-            self.spec_dtype = dtype
+            # Samples have the model's own dtype: TorchRL casts actions to the spec's when it must.
             self.head = _continuous_head(action, log_scale_range, dtype, device)
         else:
             raise TypeError(
@@ -104,18 +103,19 @@ class ActionCodec(nn.Module):
             )
         check_device(repr(key), value.device, device)
         if self.format == "continuous":
-            if value.dtype != self.head_dtype:
+            if value.dtype not in (self.head_dtype, self.spec_dtype):
                 raise ValueError(
                     f"{key!r} has dtype {value.dtype}, but the model has {self.head_dtype}; cast "
                     "the data (torchrl.envs.DoubleToFloat) or the model (model.to(dtype))."
                 )
             if require_finite:
                 check_finite(repr(key), value)
-            return value.reshape(*data.shape, -1)
+            # MuJoCo environments: float64 observations beside float32 actions.
+            return value.reshape(*data.shape, self.head.size).to(self.head_dtype)
         checked = not torch.compiler.is_compiling()
         n = self.head.output_size
         if self.format == "one_hot":
-            if checked and bool((value.sum(-1) != 1).any()):
+            if checked and not is_one_hot(value):
                 raise ValueError(f"{key!r} must be one-hot over {n} classes, got other rows.")
             return value.to(torch.int8).argmax(-1)
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
@@ -143,11 +143,11 @@ class ActionCodec(nn.Module):
             Tensor: ``[*B, *action shape]``.
         """
         if self.format == "continuous":
-            return action.reshape(*action.shape[:-1], *self.shape)
+            return action.reshape(action.shape[:-1] + self.shape)
         if self.format == "one_hot":
             one_hot = nn.functional.one_hot(action, self.head.output_size)
             return one_hot.to(self.spec_dtype)
-        return action.reshape(*action.shape, *self.shape).to(self.spec_dtype)
+        return action.reshape(action.shape + self.shape).to(self.spec_dtype)
 
     def update_normalization(self, action: Tensor, mask: Tensor | None = None) -> None:
         """Merge real actions into the statistics of an unbounded head.

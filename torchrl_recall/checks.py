@@ -58,3 +58,8 @@ def check_finite(name: str, value: torch.Tensor) -> None:
             f"{name} must be finite, got {int((~finite).sum())} NaN or infinite of "
             f"{value.numel()} entries."
         )
+
+
+def is_one_hot(value: torch.Tensor) -> bool:
+    """Return whether every row holds a single one among zeros."""
+    return bool((((value != 0).sum(-1) == 1) & (value.sum(-1) == 1)).all())

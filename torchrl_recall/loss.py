@@ -1,12 +1,12 @@
-"""The two losses: `BacktrackLoss` fits the model to what happened, `RecallTraceLoss` the policy to
-the traces. Last stop of a batch; the terms add to those of any TorchRL loss.
+"""Last stop of a batch: `BacktrackLoss` fits the model, `RecallTraceLoss` the policy to traces.
+
+The terms add to those of any TorchRL loss.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams, unravel_key
@@ -15,10 +15,18 @@ from torch import Tensor
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.checks import check_finite
+from torchrl_recall.masking import (
+    Reduction,
+    blank_rows,
+    check_reduction,
+    fill_rows,
+    finite_rows,
+    kept_rows,
+    one_each,
+    reduce_kept,
+)
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.observation import sorted_keys
-
-Reduction = Literal["mean", "sum", "none"]
 
 
 class BacktrackLoss(LossModule):
@@ -61,7 +69,7 @@ class BacktrackLoss(LossModule):
     """
 
     @dataclass
-    class _AcceptedKeys:
+    class _AcceptedKeys(LossModule._AcceptedKeys):
         """Names of the entries; the model's own by default.
 
         Attributes:
@@ -75,7 +83,9 @@ class BacktrackLoss(LossModule):
         is_init: NestedKey = "is_init"
 
     default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys  # pyright: ignore[reportIncompatibleMethodOverride]
     model: BacktrackModel
+    reduction: Reduction
 
     def __init__(
         self,
@@ -88,7 +98,7 @@ class BacktrackLoss(LossModule):
             raise TypeError(f"model must be a BacktrackModel, got {type(model).__name__}.")
         super().__init__()
         self.model = model
-        self.reduction = _check_reduction(reduction)
+        self.reduction = check_reduction(reduction)
         self.mask_nonfinite = bool(mask_nonfinite)
         # ``set_keys(name=None)`` goes back to these.
         self.default_keys = partial(
@@ -103,7 +113,7 @@ class BacktrackLoss(LossModule):
         self._in_keys: list[NestedKey] | None = None
 
     @property
-    def functional(self) -> bool:
+    def functional(self) -> bool:  # pyright: ignore
         """False: the model stays itself, so that its running statistics stay shared."""
         return False
 
@@ -126,7 +136,7 @@ class BacktrackLoss(LossModule):
         return list(keys) if isinstance(keys, list) else [keys]
 
     @property
-    def in_keys(self) -> list[NestedKey]:
+    def in_keys(self) -> list[NestedKey]:  # pyright: ignore
         """The entries that the loss reads."""
         if self._in_keys is None:
             keys = self._observation_keys
@@ -137,21 +147,33 @@ class BacktrackLoss(LossModule):
         return self._in_keys
 
     @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
+    def in_keys(self, values: list[NestedKey]) -> None:  # pyright: ignore
         self._in_keys = values
 
-    @dispatch
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Compute the loss of a batch of transitions of any batch shape."""
+        keys, action_key = self._observation_keys, self.tensor_keys.action
+        if tensordict.ndim == 0:
+            tensordict = self._batched(tensordict)
+        kept = kept_rows(self, tensordict)
+        following = [unravel_key(("next", key)) for key in keys]
         state, action, next_state = self.model.read(
-            tensordict,
-            observation_keys=self._observation_keys,
-            action_key=self.tensor_keys.action,
+            blank_rows(tensordict, kept, self.model, [*keys, *following], action_key),
+            observation_keys=keys,
+            action_key=action_key,
             require_finite=False,
         )
         is_init = self._is_init(tensordict) if self.model.has_stop else None
-        kept = _kept(self, tensordict)
-        state, action, next_state, kept = self._finite(state, action, next_state, kept)
+        finite = finite_rows(kept, state, action, next_state)
+        if not self.mask_nonfinite:
+            _refuse(
+                kept & ~finite,
+                f"NaN or infinite entries in {self.in_keys}, expected finite ones; mask them at "
+                "('collector', 'mask') or pass mask_nonfinite=True.",
+            )
+        kept = kept & finite
+        state, action, next_state = (fill_rows(x, kept) for x in (state, action, next_state))
         if self.training:
             self.model.update_normalization(
                 state.reshape(-1, state.shape[-1]),
@@ -160,15 +182,27 @@ class BacktrackLoss(LossModule):
                 kept.reshape(-1),
             )
         terms = self.model.step_log_prob(state, action, next_state)
-        self._check_support(terms["delta"], kept)
+        _refuse(
+            kept & torch.isneginf(terms["delta"]),
+            "a displacement s_t - s_(t+1) that is not in the model's delta_support; add it there.",
+        )
         loss = -torch.stack(list(terms.values())).sum(0)
         if is_init is not None:
             first = torch.nn.functional.logsigmoid(self.model.stop_logit(state))
             loss = loss - torch.where(is_init, first, torch.zeros_like(first))
-        out = {"loss_backtrack": _reduce_kept(loss, kept, self.reduction)}
+        out = {"loss_backtrack": reduce_kept(loss, kept, self.reduction)}
         for name, term in terms.items():
-            out[f"backtrack_{name}_log_prob"] = _reduce_kept(term.detach(), kept, "mean")
+            out[f"backtrack_{name}_log_prob"] = reduce_kept(term.detach(), kept, "mean")
         return TensorDict(out)
+
+    def _batched(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Give keyword tensors, which come without a batch size, that of their observation."""
+        observation = tensordict.get(self._observation_keys[0], default=None)
+        event = len(self.model.observation.shapes[0])
+        if observation is None or observation.ndim <= event:
+            return tensordict
+        batch = observation.shape[: observation.ndim - event]
+        return TensorDict(tensordict.select(*self.in_keys, strict=False).to_dict(), batch)
 
     def _is_init(self, tensordict: TensorDictBase) -> Tensor:
         key = self.tensor_keys.is_init
@@ -178,42 +212,11 @@ class BacktrackLoss(LossModule):
                 f"key {key!r}, which teaches the stop head, is missing from the data, which has "
                 f"{sorted_keys(tensordict)}; add TorchRL's InitTracker to the environment."
             )
-        if is_init.numel() != tensordict.numel():
-            raise ValueError(
-                f"{key!r} has shape {tuple(is_init.shape)}, expected one mark for each of "
-                f"{tuple(tensordict.shape)} rows."
-            )
-        return is_init.reshape(tensordict.shape).bool()
+        return one_each(tensordict, is_init, repr(key)).bool()
 
-    def _finite(self, state: Tensor, action: Tensor, next_state: Tensor, kept: Tensor):
-        """Refuse or leave out non-finite rows, and put zeros where rows do not count."""
-        values = [state, action if action.ndim == state.ndim else action.unsqueeze(-1), next_state]
-        finite = torch.stack([torch.isfinite(value).all(-1) for value in values]).all(0)
-        if not self.mask_nonfinite and not torch.compiler.is_compiling():
-            bad = int((kept & ~finite).sum())
-            if bad:
-                raise ValueError(
-                    f"{bad} of {kept.numel()} transitions have NaN or infinite entries in "
-                    f"{self.in_keys}, expected finite ones; mask them at ('collector', 'mask') or "
-                    "pass mask_nonfinite=True."
-                )
-        kept = kept & finite
-        state, next_state = (
-            torch.where(kept.unsqueeze(-1), value, torch.zeros_like(value))
-            for value in (state, next_state)
-        )
-        shape = kept.unsqueeze(-1) if action.ndim > kept.ndim else kept
-        return state, torch.where(shape, action, torch.zeros_like(action)), next_state, kept
-
-    def _check_support(self, delta_log_prob: Tensor, kept: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            return
-        outside = int((kept & torch.isneginf(delta_log_prob)).sum())
-        if outside:
-            raise ValueError(
-                f"{outside} of {kept.numel()} transitions have a displacement s_t - s_(t+1) that "
-                "is not in the model's delta_support; add it there."
-            )
+    def reset_parameters_recursive(self) -> None:
+        """Draw new parameters for the model; its running statistics stay."""
+        self.model.reset_parameters_recursive()
 
 
 class RecallTraceLoss(LossModule):
@@ -261,7 +264,7 @@ class RecallTraceLoss(LossModule):
     """
 
     @dataclass
-    class _AcceptedKeys:
+    class _AcceptedKeys(LossModule._AcceptedKeys):
         """Names of the entries.
 
         Attributes:
@@ -275,6 +278,8 @@ class RecallTraceLoss(LossModule):
     default_keys = _AcceptedKeys
     _schedulable_buffers = frozenset({"imitation_coeff", "backtrack_coeff"})
 
+    tensor_keys: _AcceptedKeys  # pyright: ignore[reportIncompatibleMethodOverride]
+    reduction: Reduction
     actor_network: TensorDictModule
     actor_network_params: TensorDictParams
     target_actor_network_params: TensorDictParams
@@ -296,30 +301,43 @@ class RecallTraceLoss(LossModule):
             )
         super().__init__()
         self.convert_to_functional(actor, "actor_network")
-        self.reduction = _check_reduction(reduction)
+        self.reduction = check_reduction(reduction)
         self.backtrack = None if model is None else BacktrackLoss(model, reduction=reduction)
         self.register_coeff_buffer("imitation_coeff", float(imitation_coeff))
         self.register_coeff_buffer("backtrack_coeff", float(backtrack_coeff))
-        self.out_keys = ["loss_imitation", "trace_kept", "trace_log_prob"]
-        if self.backtrack is not None:
-            self.out_keys += self.backtrack.out_keys
+        fitted = [] if self.backtrack is None else self.backtrack.out_keys
+        self.out_keys: list[NestedKey] = ["loss_imitation", "trace_kept", "trace_log_prob", *fitted]
+        self._in_keys: list[NestedKey] | None = None
 
     def _forward_value_estimator_keys(self, **kwargs) -> None:
         pass
 
+    def set_keys(self, **kwargs) -> None:
+        """Set the names of entries; see ``_AcceptedKeys``."""
+        super().set_keys(**kwargs)
+        self._in_keys = None
+
     @property
-    def in_keys(self) -> list[NestedKey]:
+    def in_keys(self) -> list[NestedKey]:  # pyright: ignore
         """The entries that the loss reads."""
-        trace = self.tensor_keys.trace
-        names = [*self.actor_network.in_keys, self.tensor_keys.action]
-        keys = [unravel_key((trace, name)) for name in dict.fromkeys(names)]
-        return keys + (list(self.backtrack.in_keys) if self.backtrack is not None else [])
+        if self._in_keys is None:
+            names = dict.fromkeys([*self.actor_network.in_keys, self.tensor_keys.action])
+            self._in_keys = [unravel_key((self.tensor_keys.trace, name)) for name in names]
+            if self.backtrack is not None:
+                self._in_keys += self.backtrack.in_keys
+        return self._in_keys
 
     @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
-        raise AttributeError("in_keys of RecallTraceLoss follow from the actor; use set_keys.")
+    def in_keys(self, values: list[NestedKey]) -> None:  # pyright: ignore
+        self._in_keys = values
 
-    @dispatch
+    def reset_parameters_recursive(self) -> None:
+        """Draw new parameters for the actor, and for the model if there is one."""
+        super().reset_parameters_recursive()
+        if self.backtrack is not None:
+            self.backtrack.reset_parameters_recursive()
+
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Compute the loss of a batch that carries traces."""
         trace = tensordict.get(self.tensor_keys.trace, default=None)
@@ -328,22 +346,18 @@ class RecallTraceLoss(LossModule):
                 f"key {self.tensor_keys.trace!r} is missing from the data, which has "
                 f"{sorted_keys(tensordict)}; append a BacktrackTransform to the replay buffer."
             )
-        if trace.numel() == 0:
+        if trace.shape.numel() == 0:
             raise ValueError(f"the trace is empty: batch size {tuple(trace.shape)}.")
-        kept = _kept(self, trace)
-        inputs, action = self._inputs(trace, kept)
-        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
-            log_prob = self.actor_network.get_dist(inputs).log_prob(action)
-        if log_prob.shape != kept.shape:
-            raise ValueError(
-                f"the actor's log_prob has shape {tuple(log_prob.shape)}, expected "
-                f"{tuple(kept.shape)}, one for each step; its distribution should reduce the action."
-            )
-        loss = _reduce_kept(-log_prob, kept, self.reduction)
+        kept = kept_rows(self, trace)
+        log_prob = self._log_prob(trace, kept)
+        if trace.ndim == 0:
+            # Keyword tensors come without a batch size.
+            kept = kept.expand_as(log_prob)
+        loss = reduce_kept(-log_prob, kept, self.reduction)
         out = {
             "loss_imitation": self.imitation_coeff * loss,
             "trace_kept": kept.to(log_prob.dtype).mean(),
-            "trace_log_prob": _reduce_kept(log_prob.detach(), kept, "mean"),
+            "trace_log_prob": reduce_kept(log_prob.detach(), kept, "mean"),
         }
         if self.backtrack is not None:
             fitted = self.backtrack(tensordict)
@@ -353,53 +367,37 @@ class RecallTraceLoss(LossModule):
         self._clear_weakrefs(tensordict, td_out, "actor_network_params")
         return td_out
 
-    def _inputs(self, trace: TensorDictBase, kept: Tensor) -> tuple[TensorDict, Tensor]:
-        """Return the actor's inputs and the actions, harmless where they are masked."""
-        action_key = unravel_key(self.tensor_keys.action)
-        cleaned = {}
-        # Masked entries get a kept step's: whatever the networks and distributions expect, it fits.
-        index = kept.flatten().int().argmax()
-        for key in dict.fromkeys([*self.actor_network.in_keys, action_key]):
+    def _log_prob(self, trace: TensorDictBase, kept: Tensor) -> Tensor:
+        """Return ``log π(a_t|s_t)``, of any finite value where steps are masked."""
+        if not torch.compiler.is_compiling() and not bool(kept.any()):
+            # There is no step whose entries are known to suit the actor.
+            zeros = [0 * parameter.sum() for parameter in self.actor_network_params.parameters()]
+            return sum(zeros, kept.new_zeros((), dtype=torch.get_default_dtype())).expand(
+                kept.shape
+            )
+        cleaned = TensorDict({}, kept.shape, device=trace.device)
+        for key in dict.fromkeys([*self.actor_network.in_keys, self.tensor_keys.action]):
             value = trace.get(key, default=None)
             if value is None:
                 raise KeyError(
                     f"key {key!r} is missing from the trace, which has {sorted_keys(trace)}."
                 )
-            value = value.detach()
-            event = value.shape[kept.ndim :]
-            fill = value.reshape(-1, *event)[index]
-            mask = kept.reshape(*kept.shape, *[1] * len(event))
-            fill = torch.where(kept.any(), fill, torch.zeros_like(fill))
-            value = torch.where(mask, value, fill)
+            value = fill_rows(value.detach(), kept)
             check_finite(f"trace {key!r} at kept steps", value)
-            cleaned[key] = value
-        action = cleaned[action_key]
-        inputs = TensorDict({}, kept.shape, device=trace.device)
-        for key in self.actor_network.in_keys:
-            inputs.set(key, cleaned[key])
-        return inputs, action
+            cleaned.set(key, value)
+        action = cleaned.get(self.tensor_keys.action)
+        inputs = cleaned.select(*self.actor_network.in_keys)
+        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
+            log_prob = self.actor_network.get_dist(inputs).log_prob(action)
+        if log_prob.shape != kept.shape and trace.ndim > 0:
+            raise ValueError(
+                f"the actor's log_prob has shape {tuple(log_prob.shape)}, expected one for each "
+                f"step, {tuple(kept.shape)}; its distribution should reduce the action."
+            )
+        return log_prob
 
 
-def _check_reduction(reduction: str) -> Reduction:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
-    return reduction
-
-
-def _kept(loss: LossModule, data: TensorDictBase) -> Tensor:
-    """Return which entries of ``data`` count: those that no mask TorchRL knows of leaves out."""
-    kept = torch.ones(data.shape, dtype=torch.bool, device=data.device)
-    for key in loss._loss_mask_keys():
-        mask = data.get(key, default=None)
-        if mask is not None:
-            kept = kept.to(mask.device) & loss._expand_loss_mask(mask, kept)
-    return kept
-
-
-def _reduce_kept(value: Tensor, kept: Tensor, reduction: Reduction) -> Tensor:
-    """Reduce over kept entries; nothing kept gives exactly zero."""
-    value = torch.where(kept, value, torch.zeros_like(value))
-    if reduction == "none":
-        return value
-    total = value.sum()
-    return total / kept.sum().clamp_min(1) if reduction == "mean" else total
+def _refuse(rows: Tensor, reason: str) -> None:
+    """Refuse data that have such rows (not checked inside ``torch.compile``)."""
+    if not torch.compiler.is_compiling() and (count := int(rows.sum())):
+        raise ValueError(f"{count} of {rows.numel()} transitions have {reason}")

@@ -6,6 +6,7 @@ It stands at the head of the method: `BacktrackLoss` fits it to real transitions
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,13 @@ from torchrl.modules import MLP
 
 from torchrl_recall.action import ActionCodec
 from torchrl_recall.checks import check_at_least_one, check_interval
-from torchrl_recall.heads import ClassDelta, NormalDelta, SupportDelta
+from torchrl_recall.heads import (
+    ClassDelta,
+    NormalDelta,
+    NormalHead,
+    SupportDelta,
+    TanhNormalHead,
+)
 from torchrl_recall.observation import ObservationCodec
 
 
@@ -124,6 +131,7 @@ class BacktrackModel(TensorDictModuleBase):
             features + self.action.head.feature_size, self.delta_head.output_size
         )
         self.stop_network = network(features, 1) if stop else None
+        self._start_scales()
         self.in_keys = [
             *self.next_observation_keys,
             *self.observation_keys,
@@ -337,7 +345,7 @@ class BacktrackModel(TensorDictModuleBase):
         """
         if not isinstance(data, TensorDictBase):
             raise TypeError(f"data must be a TensorDict, got {type(data).__name__}.")
-        if data.numel() == 0:
+        if data.shape.numel() == 0:  # TensorDict.numel() is never 0
             raise ValueError(f"data is empty: batch size {tuple(data.shape)}, expected rows.")
         keys = self.observation_keys if observation_keys is None else list(observation_keys)
         next_keys = [unravel_key(("next", key)) for key in keys]
@@ -378,6 +386,20 @@ class BacktrackModel(TensorDictModuleBase):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
+        self._start_scales()
+
+    @torch.no_grad()
+    def _start_scales(self) -> None:
+        """Start Gaussians near the data's own scale: too narrow ones begin with a huge loss."""
+        for network, head in (
+            (self.action_network, self.action.head),
+            (self.delta_network, self.delta_head),
+        ):
+            if isinstance(head, NormalHead | TanhNormalHead):
+                low, high = head.log_scale_range
+                share = min(max(-low / (high - low), 0.1), 0.9)
+                network[-1].weight[head.size :] *= 0.1
+                network[-1].bias[head.size :] = math.log(share / (1 - share))
 
 
 def _as_mapping(observation: Any, keys: Sequence[NestedKey] | None) -> dict[NestedKey, Any]:

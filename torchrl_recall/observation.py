@@ -23,7 +23,7 @@ from torchrl.data.tensor_specs import (
     Unbounded,
 )
 
-from torchrl_recall.checks import check_at_least_one, check_device, check_finite
+from torchrl_recall.checks import check_at_least_one, check_device, check_finite, is_one_hot
 from torchrl_recall.normalization import RunningNormalizer
 
 # A joint code makes small discrete spaces exactly tabular; beyond this it costs more than it gives.
@@ -209,14 +209,13 @@ class ObservationCodec(nn.Module):
         start = sum(self._coordinates(j) for j in range(i))
         n = self.cardinality[start]
         if self.formats[i] == "one_hot":
-            if not torch.compiler.is_compiling() and bool((value.sum(-1) != 1).any()):
+            if not torch.compiler.is_compiling() and not is_one_hot(value):
                 raise ValueError(f"{name} must be one-hot over {n} classes, got other rows.")
             return value.to(torch.int8).argmax(-1, keepdim=True)
         if value.is_floating_point() or value.is_complex():
             raise ValueError(f"{name} must hold integers, got dtype {value.dtype}.")
         value = value.long()
-        if event == 0:
-            value = value.unsqueeze(-1)
+        value = value.unsqueeze(-1) if event == 0 else value.flatten(-event)
         width = value.shape[-1]
         if not torch.compiler.is_compiling():
             low, high = self.low[start : start + width], self.high[start : start + width]
@@ -272,7 +271,7 @@ class ObservationCodec(nn.Module):
             start += width
             if self.formats[i] == "one_hot":
                 part = nn.functional.one_hot(part.squeeze(-1), self.shapes[i][-1])
-            restored[key] = part.reshape(*state.shape[:-1], *self.shapes[i])
+            restored[key] = part.reshape(state.shape[:-1] + self.shapes[i])
             if self.is_discrete:
                 restored[key] = restored[key].to(self.dtypes[i])
         return restored

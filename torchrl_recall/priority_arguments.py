@@ -83,7 +83,7 @@ def paired_values(priority: Any, flat: Tensor, reduction: str) -> tuple[Tensor, 
         >>> paired_values([[1.0, 2.0], [-3.0, -4.0]], torch.tensor([7, 5]), "max")
         (tensor([7, 5]), tensor([ 2., -3.], dtype=torch.float64))
     """
-    priority = torch.as_tensor(priority, device=flat.device).detach().double()
+    priority = torch.as_tensor(priority, dtype=torch.float64, device=flat.device).detach()
     n = flat.numel()
     if n == 0 or priority.numel() == 1:
         return flat, priority.reshape(-1)[:1].expand(n)

@@ -36,7 +36,7 @@ def _parameter(name: str, doc: str) -> Any:
 
     def fset(self: ValuePrioritizedSampler, value: Any) -> None:
         self._parameters[name] = checked_parameter(name, value)
-        self._dirty = True
+        self._changes += 1
 
     return property(fget, fset, doc=doc)
 
@@ -149,13 +149,14 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         self.reduction = reduction
         self._device = None if device is None else torch.device(device)
         self._warned = False
+        self._changes = 0
+        self._cache: tuple[int, DrawTable] | None = None
         self._init()
 
     def _init(self) -> None:
         device = self._values.device if hasattr(self, "_values") else self._device
         self._values = torch.full((self._max_capacity,), _NO_VALUE, dtype=self.dtype, device=device)
-        self._table: DrawTable | None = None
-        self._dirty = True
+        self._changes += 1
 
     def _empty(self) -> None:
         self._init()
@@ -215,11 +216,10 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         return index, {"priority_weight": importance}
 
     def _current_table(self, size: int) -> DrawTable:
-        table = self._table
-        if table is not None and table.size == size and not self._dirty:
-            return table
-        # Cleared before the values are read: a write that comes in between sets it again.
-        self._table, self._dirty = None, False
+        # Counted before the values are read: a write that comes in between makes this table stale.
+        changes = self._changes
+        if self._cache is not None and self._cache[0] == changes and self._cache[1].size == size:
+            return self._cache[1]
         # What a larger storage holds beyond the capacity has no value yet.
         values = pad(self._values[:size], (0, max(0, size - self._max_capacity)), value=_NO_VALUE)
         parameters = {name: value for name, value in self._parameters.items() if name != "beta"}
@@ -229,7 +229,7 @@ class ValuePrioritizedSampler(PrioritizedSampler):
                 f"All {size} stored entries were given non-finite values, so none can be drawn; "
                 "check what computes them, and set finite ones with update_priority or refresh."
             )
-        self._table = table
+        self._cache = (changes, table)
         return table
 
     def add(self, index: Any) -> None:
@@ -259,8 +259,8 @@ class ValuePrioritizedSampler(PrioritizedSampler):
                 a tuple of one tensor for each. Negative ones are skipped. If an index comes several
                 times, any of its values may win (if no other index comes: their reduction).
             priority: values of any sign: one number for all, or ``[N, ...]``, where the reduction
-                takes further dimensions. The default priority stands for "no value yet".
-                Non-finite values bar their entries from being drawn.
+                takes further dimensions. The default priority changes nothing. Non-finite
+                values bar their entries from being drawn.
             storage: what the indices belong to; needed if it has several dimensions.
 
         Raises:
@@ -271,7 +271,10 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         self._maybe_init_from_storage(storage)
         flat = flat_index(index, storage, self.device)
         self._make_room(flat, storage)
-        self._write(*paired_values(priority, flat, self.reduction))
+        flat, values = paired_values(priority, flat, self.reduction)
+        # TorchRL fills in the default where data carry no priority: that must not erase values.
+        given = values != _NO_VALUE
+        self._write(flat[given], values[given])
 
     @torch.no_grad()
     def refresh(self, values: Tensor, index: Tensor | None = None) -> None:
@@ -297,7 +300,7 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         values = values[keep].to(self._values)
         bad = ~values.isfinite()
         self._values[flat[keep]] = values.masked_fill(bad, math.nan)
-        self._dirty = True
+        self._changes += 1
         # The data are stored already and must not be lost over a bad value: warn last.
         if not self._warned and bool(bad.any()):
             self._warned = True
@@ -330,7 +333,7 @@ class ValuePrioritizedSampler(PrioritizedSampler):
             device = torch.device(device)
             if device.type == "cuda" and self.device.type != "cuda":
                 self._values = self._values.to(device)
-                self._dirty = True
+                self._changes += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the values and parameters, as tensors and Python scalars."""
@@ -338,8 +341,6 @@ class ValuePrioritizedSampler(PrioritizedSampler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, in this sampler's dtype and on its device.
-
-        Load after the replay buffer is built: one built on a filled storage resets all values.
 
         Raises:
             KeyError: if an entry is missing.
@@ -389,7 +390,7 @@ class ValuePrioritizedSampler(PrioritizedSampler):
                 f"A {type(self).__name__} cannot be sent to another process: values set in one "
                 "would not reach the other. Keep it with the learner; give workers a RandomSampler."
             )
-        return {**self.__dict__, "_rng": None, "_table": None}
+        return {**self.__dict__, "_rng": None, "_cache": None}
 
 
 def _as_minus_infinity(values: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
@@ -17,6 +17,7 @@ from torch import Tensor
 from torchrl.envs.transforms import Transform
 
 from torchrl_recall.checks import check_at_least_one, check_device, check_real
+from torchrl_recall.masking import blank_rows, one_each
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.observation import sorted_keys
 from torchrl_recall.traces import sample_traces
@@ -75,6 +76,8 @@ class BacktrackTransform(Transform):
         torch.Size([4, 8])
     """
 
+    model: BacktrackModel
+
     def __init__(
         self,
         model: BacktrackModel,
@@ -108,6 +111,8 @@ class BacktrackTransform(Transform):
         )
         self.last_visit = bool(last_visit)
         self.value_key = unravel_key(value_key)
+        if backend not in get_args(Backend):
+            raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}.")
         self.backend: Backend = backend
         if min_value is not None:
             min_value = check_real("min_value", min_value, -float("inf"), float("inf"))
@@ -115,6 +120,8 @@ class BacktrackTransform(Transform):
         if generator is None:
             seed = int(torch.empty((), dtype=torch.int64).random_())
             generator = torch.Generator(model.device).manual_seed(seed)
+        elif not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
         else:
             check_device("generator", generator.device, model.device)
         self.generator = generator
@@ -139,7 +146,7 @@ class BacktrackTransform(Transform):
             raise KeyError(
                 f"in_keys {missing} are missing from the data, which has {sorted_keys(tensordict)}."
             )
-        if tensordict.numel() == 0:
+        if tensordict.shape.numel() == 0:
             raise ValueError(f"the data is empty: batch size {tuple(tensordict.shape)}.")
         # Inside forward: grad mode is thread-local, and prefetch threads start with it on.
         with torch.no_grad():
@@ -148,11 +155,16 @@ class BacktrackTransform(Transform):
 
     def _traces(self, tensordict: TensorDictBase) -> TensorDict:
         codec = self.model.observation
-        start = codec.read(tensordict, self.in_keys, require_finite=False)
-        eligible = None
+        data, eligible = tensordict, tensordict.get(("collector", "mask"), default=None)
+        if eligible is not None:
+            # Padding is not a place to go back from, and need not be valid.
+            eligible = one_each(tensordict, eligible, "('collector', 'mask')").bool()
+            data = blank_rows(tensordict, eligible, self.model, self.in_keys)
+        start = codec.read(data, self.in_keys, require_finite=False)
         if start.is_floating_point():
-            eligible = torch.isfinite(start).all(-1)
-            start = torch.where(eligible.unsqueeze(-1), start, torch.zeros_like(start))
+            finite = torch.isfinite(start).all(-1)
+            start = torch.where(finite.unsqueeze(-1), start, torch.zeros_like(start))
+            eligible = finite if eligible is None else eligible & finite
         if self.min_value is not None:
             reached = self._start_value(tensordict) >= self.min_value
             eligible = reached if eligible is None else eligible & reached
@@ -180,12 +192,7 @@ class BacktrackTransform(Transform):
                 f"value_key {self.value_key!r}, needed for min_value, is missing from the data, "
                 f"which has {sorted_keys(tensordict)}."
             )
-        if value.numel() != tensordict.numel():
-            raise ValueError(
-                f"value_key {self.value_key!r} has shape {tuple(value.shape)}, expected one value "
-                f"for each of {tuple(tensordict.shape)} rows."
-            )
-        return value.reshape(tensordict.shape)
+        return one_each(tensordict, value, f"value_key {self.value_key!r}")
 
     def _generator(self) -> torch.Generator:
         device = self.model.device

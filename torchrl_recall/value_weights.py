@@ -78,32 +78,40 @@ def value_weights(
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     drawable = ~values.isnan()
-    weights = torch.zeros(values.shape, dtype=torch.float64, device=values.device)
-    v = values[drawable]
-    valued = v > -math.inf
+    if not drawable.all():
+        part = value_weights(
+            values[drawable],
+            mode,
+            alpha=alpha,
+            top=top,
+            temperature=temperature,
+            min_value=min_value,
+            eps=eps,
+        )
+        return part.new_zeros(values.shape).masked_scatter_(drawable, part)
+    valued = values > -math.inf
     if not valued.any():
-        return weights.masked_fill_(drawable, 1.0)
-
-    # Entries that may be drawn are an upper set of the values, so ranks need no correction for it.
-    allowed = torch.ones_like(valued)
+        return torch.ones_like(values, dtype=torch.float64)
+    barred = None
     if min_value is not None:
-        reached = valued & (v >= min_value)
-        if reached.any():
-            allowed = reached
+        below = ~valued | (values < min_value)
+        barred = None if below.all() else below
 
     if mode == "top":
-        w = _top(v, top)
-    elif mode == "rank":
-        w = _rank(v, alpha)
-    elif mode == "soft":
-        logits = v.double().masked_fill(~allowed, -math.inf)
-        w = ((logits - logits.max()) / temperature).exp()
+        weights = _top(values, top)
+    elif mode == "rank":  # the entries that are left are the best, so their ranks stay
+        weights = _rank(values, alpha)
     else:
-        priority = v.double().abs().masked_fill(~valued, 0.0) + eps
-        # Only ratios matter; dividing by the largest keeps a large alpha from overflowing.
-        w = (priority / priority[allowed].max()) ** alpha
-    weights[drawable] = w.masked_fill(~allowed, 0.0)
-    return weights
+        v = values.double()
+        if barred is not None:
+            v = v.masked_fill(barred, -math.inf)
+        if mode == "soft":
+            weights = ((v - v.max()) / temperature).exp()
+        else:
+            priority = v.abs().masked_fill(v == -math.inf, 0.0) + eps
+            # Only ratios matter, and dividing by the largest keeps a large alpha from overflowing.
+            weights = (priority / priority.max()) ** alpha
+    return weights if barred is None else weights.masked_fill(barred, 0.0)
 
 
 def _top(v: Tensor, top: float) -> Tensor:
@@ -113,7 +121,8 @@ def _top(v: Tensor, top: float) -> Tensor:
     k = max(1, math.ceil(Fraction(repr(top)) * n))
     threshold = v.kthvalue(n - k + 1).values
     above, tied = v > threshold, v == threshold
-    return above.double() + tied.double() * ((k - above.sum()) / tied.sum().double())
+    share = (k - above.sum()).double() / tied.sum()
+    return above.double().masked_fill_(tied, share)
 
 
 def _rank(v: Tensor, alpha: float) -> Tensor:

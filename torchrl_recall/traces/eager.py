@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torchrl.modules import MLP
 
 from torchrl_recall.heads import (
     TANH_LIMIT,
@@ -32,12 +33,16 @@ def unsupported(model: BacktrackModel) -> str | None:
         network = getattr(model, name)
         if network is None:
             continue
-        layers = list(network) if isinstance(network, nn.Sequential) else []
+        layers = list(network) if type(network) in (nn.Sequential, MLP) else []
         linear, activations = layers[::2], layers[1::2]
         if not layers or len(layers) % 2 == 0 or not all(type(m) is nn.Linear for m in linear):
             return f"{name} is not an alternation of Linear layers and activations"
+        if any(m.bias is None for m in linear):
+            return f"{name} has Linear layers without bias"
         if any(list(m.parameters()) or list(m.buffers()) for m in activations):
             return f"{name} has activations with parameters"
+        if len({repr(m) for m in activations}) > 1:
+            return f"{name} has more than one kind of activation"
     return None
 
 

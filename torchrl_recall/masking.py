@@ -1,0 +1,120 @@
+"""Which rows count, and how those that do not are kept from doing harm.
+
+For the two losses and the transform. A mask on the loss alone protects the forward pass only:
+``nan * 0`` is NaN in gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import cycle
+from typing import Literal
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+from torchrl.objectives.common import LossModule
+
+from torchrl_recall.model import BacktrackModel
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def check_reduction(reduction: str) -> Reduction:
+    """Return ``reduction`` if there is such a one, or refuse it."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
+    return reduction
+
+
+def kept_rows(loss: LossModule, data: TensorDictBase) -> Tensor:
+    """Return which entries of ``data`` count: those that no mask TorchRL knows of leaves out."""
+    kept = torch.ones(data.shape, dtype=torch.bool, device=data.device)
+    for key in loss._loss_mask_keys():
+        mask = data.get(key, default=None)
+        if mask is not None:
+            kept = kept.to(mask.device) & loss._expand_loss_mask(mask, kept)
+    return kept
+
+
+def reduce_kept(value: Tensor, kept: Tensor, reduction: Reduction) -> Tensor:
+    """Reduce over kept entries; nothing kept gives exactly zero."""
+    value = torch.where(kept, value, torch.zeros_like(value))
+    if reduction == "none":
+        return value
+    total = value.sum()
+    return total / kept.sum().clamp_min(1) if reduction == "mean" else total
+
+
+def blank_rows(
+    data: TensorDictBase,
+    kept: Tensor,
+    model: BacktrackModel,
+    observation_keys: Iterable[NestedKey],
+    action_key: NestedKey | None = None,
+) -> TensorDictBase:
+    """Put valid values where rows do not count, so that the model's checks pass them over.
+
+    Padding, such as that of ``split_trajectories``, is no valid class, one-hot row or number.
+
+    Args:
+        data (TensorDictBase): ``[*B]``; not changed.
+        kept (Tensor): ``[*B]`` bool, False = blank the row.
+        model (BacktrackModel): says what is valid.
+        observation_keys (iterable of NestedKey): where the model's observations are, in their
+            order; once or several times over.
+        action_key (NestedKey, optional): where the action is.
+
+    Returns:
+        TensorDictBase: a shallow copy.
+    """
+    codec, action = model.observation, model.action
+    observation = codec.restore(torch.zeros_like(codec.low))
+    blanks = {key: observation[name] for key, name in zip(observation_keys, cycle(codec.keys))}
+    if action_key is not None:
+        zero = codec.unit.new_zeros(action.head.size)
+        blanks[action_key] = action.restore(
+            zero if action.format == "continuous" else zero[0].long()
+        )
+    data = data.copy()
+    for key, blank in blanks.items():
+        value = data.get(key, default=None)
+        # What is missing or has a wrong shape is refused, by name, where it is read.
+        if value is not None and value.shape[kept.ndim :] == blank.shape:
+            mask = kept.reshape(kept.shape + (1,) * blank.ndim)
+            data.set(key, torch.where(mask, value, blank.to(value)))
+    return data
+
+
+def one_each(data: TensorDictBase, value: Tensor, name: str) -> Tensor:
+    """Return an entry with one number for each row as ``[*B]``, or refuse it by name."""
+    if value.numel() != data.shape.numel():
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, expected one entry for each of "
+            f"{tuple(data.shape)} rows."
+        )
+    return value.reshape(data.shape)
+
+
+def finite_rows(kept: Tensor, *values: Tensor) -> Tensor:
+    """Return ``[*B]``, shaped like ``kept``: whether all entries of a row are finite."""
+    rows = [torch.isfinite(value).reshape(*kept.shape, -1).all(-1) for value in values]
+    return torch.stack(rows).all(0)
+
+
+def fill_rows(value: Tensor, kept: Tensor) -> Tensor:
+    """Put a kept row's entries where rows do not count: whatever reads them, they suit it.
+
+    Args:
+        value (Tensor): ``[*B, *event]``.
+        kept (Tensor): ``[*B]`` bool, True somewhere (else all rows become zero).
+
+    Returns:
+        Tensor: like ``value``.
+    """
+    event = value.shape[kept.ndim :]
+    # Not indexed by a 0-d tensor, which would wait for the device and break ``torch.compile``.
+    first = kept.flatten().int().argmax(0, keepdim=True)
+    row = value.reshape(-1, *event).index_select(0, first).squeeze(0)
+    row = torch.where(kept.any(), row, torch.zeros_like(row))
+    return torch.where(kept.reshape(kept.shape + (1,) * len(event)), value, row)
