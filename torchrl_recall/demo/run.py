@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Sequence
@@ -55,6 +56,8 @@ def run_all(jobs: Sequence[tuple[str, int]], settings: Settings) -> list[dict[st
 def _start_worker(queue: Any) -> None:
     global _queue
     _queue = queue
+    # TorchRL's notes on storages would break the progress bar.
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
     # Runs are the unit of parallelism; it also makes the numbers independent of the machine.
     torch.set_num_threads(1)
 
