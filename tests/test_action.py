@@ -80,7 +80,7 @@ def test_the_dtype_follows_the_module(action):
     # What the spec promises is taken, and cast.
     as_spec = codec.read(data.float(), "action", CPU)
     assert torch.equal(as_spec, data["action"].float().double())
-    with pytest.raises(ValueError, match="'action' has dtype torch.float16.*torch.float64"):
+    with pytest.raises(ValueError, match=r"'action' has dtype torch\.float16.*torch\.float64"):
         codec.read(data.half(), "action", CPU)
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy import stats
 from torch.distributions import Categorical, Independent, Normal
-from torchrl.data import Bounded, Categorical as CategoricalSpec, MultiCategorical, Unbounded
+from torchrl.data import Bounded, MultiCategorical, Unbounded
+from torchrl.data import Categorical as CategoricalSpec
 from torchrl.modules import TanhNormal
 
 from torchrl_recall.heads import (

@@ -9,21 +9,23 @@ import time
 
 import pytest
 import torch
+from exact_model import exact_model
 from tensordict import TensorDict
 from torch.distributions import Categorical, Independent, Normal
 from torch.nn.functional import logsigmoid, one_hot
 from torchrl.data import (
     Bounded,
-    Categorical as CategoricalSpec,
     Composite,
     MultiCategorical,
     OneHot,
     Unbounded,
 )
+from torchrl.data import (
+    Categorical as CategoricalSpec,
+)
 from torchrl.envs import GymEnv, InitTracker, StepCounter, TransformedEnv
 from torchrl.modules import TanhNormal
 
-from exact_model import exact_model
 from torchrl_recall import BacktrackLoss, BacktrackModel
 from torchrl_recall.diagnostics import tabular_kernel
 from torchrl_recall.envs import FourRoomsEnv, backtrack_kernel, kernel_divergence
@@ -212,7 +214,7 @@ def test_float64_by_argument_by_spec_and_by_cast():
         assert all(p.dtype == F64 for p in model.parameters())
         update(model, data)
         assert model.log_prob(data).dtype == F64
-    with pytest.raises(ValueError, match="'observation' has dtype torch.float64"):
+    with pytest.raises(ValueError, match=r"'observation' has dtype torch\.float64"):
         BacktrackModel(3, 2).log_prob(data)
 
 
@@ -484,8 +486,8 @@ def linear_gaussian():
     return system, fit(model, batches, learning_rate=1e-2)
 
 
-# Within two standard deviations of what is given, in units of the exact scale (twice for the change,
-# which has two inputs). Seen: a third of it.
+# Within two standard deviations of what is given, in units of the exact scale (twice for the
+# change, which has two inputs).
 MEAN_TOLERANCE, SCALE_TOLERANCE, DIVERGENCE_TOLERANCE = 0.05, 0.03, 0.002
 
 

@@ -50,8 +50,9 @@ def test_equals_the_statistics_of_all_rows(dtype, masked):
 
 
 def test_order_does_not_matter():
-    there, back = RunningNormalizer(3, dtype=torch.float64), RunningNormalizer(
-        3, dtype=torch.float64
+    there, back = (
+        RunningNormalizer(3, dtype=torch.float64),
+        RunningNormalizer(3, dtype=torch.float64),
     )
     rows = list(chunks(torch.float64))
     for chunk in rows:

@@ -100,9 +100,7 @@ def test_features_are_what_the_kind_says(kind):
     if not codec.is_discrete:
         assert torch.equal(features, state)  # no statistics yet
         return
-    parts = [
-        torch.nn.functional.one_hot(state[:, i], n) for i, n in enumerate(codec.cardinality)
-    ]
+    parts = [torch.nn.functional.one_hot(state[:, i], n) for i, n in enumerate(codec.cardinality)]
     if codec.size > 1:
         joint = state[:, 0]
         for i, n in enumerate(codec.cardinality[1:], 1):
@@ -176,7 +174,7 @@ def test_refuses_values_by_name(spec, value, message):
     with pytest.raises(ValueError, match=message):
         codec.read(data)
     if value.shape != (5, 1):  # without a TensorDict those may be a batch
-        with pytest.raises(ValueError, match="^start "):
+        with pytest.raises(ValueError, match=r"^start "):
             codec.flatten(value.unsqueeze(0), "start")
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from exact_model import exact_model
 from scipy import stats
 from tensordict import TensorDict
 from torch import nn
@@ -20,7 +21,6 @@ from torchrl.data import (
 )
 from torchrl.envs import ExplorationType, InitTracker, TransformedEnv, set_exploration_type
 
-from exact_model import exact_model
 from torchrl_recall import BacktrackLoss, BacktrackModel, sample_traces
 from torchrl_recall.diagnostics import tabular_kernel
 from torchrl_recall.envs import (
@@ -286,7 +286,9 @@ def test_a_trace_is_a_rollout_that_ends_in_its_start(observation, batch, num_tra
     assert trace["collector", "mask"].dtype == torch.bool
     if num_traces == 4:
         # Several traces of one start are not copies of each other.
-        assert not torch.equal(trace["action_log_prob"][..., 0, :], trace["action_log_prob"][..., 1, :])
+        assert not torch.equal(
+            trace["action_log_prob"][..., 0, :], trace["action_log_prob"][..., 1, :]
+        )
 
 
 def test_keys_shapes_and_dtypes_are_those_of_the_environment():
@@ -297,7 +299,10 @@ def test_keys_shapes_and_dtypes_are_those_of_the_environment():
         observation, OneHot(3, dtype=torch.bool), num_cells=(8,), action_key=("agent", "act")
     )
     start = TensorDict(
-        {"camera": torch.ones(4, 2, 2), "agent": {"speed": torch.ones(4), "place": torch.ones(4, 3)}},
+        {
+            "camera": torch.ones(4, 2, 2),
+            "agent": {"speed": torch.ones(4), "place": torch.ones(4, 3)},
+        },
         [4],
     )
     trace = sample_traces(model, start, num_steps=3)
@@ -333,9 +338,9 @@ def test_log_probs_are_those_of_the_trace_as_real_data(observation, action, stop
 def test_a_stop_masks_all_that_came_before(backend):
     model = make_model(stop=True)
     noise = make_noise(model, 10, 400)
-    mask = sample_traces(
-        model, make_start(model, 400), num_steps=10, noise=noise, backend=backend
-    )["collector", "mask"]
+    mask = sample_traces(model, make_start(model, 400), num_steps=10, noise=noise, backend=backend)[
+        "collector", "mask"
+    ]
     assert 0 < int(mask.sum()) < mask.numel()
     # Once kept, always kept: False, ..., False, True, ..., True.
     assert bool((mask[:, 1:] >= mask[:, :-1]).all())
@@ -369,7 +374,11 @@ def test_training_the_model_changes_the_next_traces():
     start, noise = make_start(model, 5), make_noise(model, 3, 5)
     before = sample_traces(model, start, num_steps=3, noise=noise)
     data = TensorDict(
-        {"observation": randn(8, 3), "action": randn(8, 2).tanh(), "next": {"observation": randn(8, 3)}},
+        {
+            "observation": randn(8, 3),
+            "action": randn(8, 2).tanh(),
+            "next": {"observation": randn(8, 3)},
+        },
         [8],
     )
     BacktrackLoss(model)(data)  # the statistics alone
@@ -453,6 +462,29 @@ def test_overflow_is_masked_and_everything_is_finite(action, stop, backend):
         assert bool(mask[:, -1].all())
 
 
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_an_action_can_overflow_before_the_state_does(backend):
+    model = BacktrackModel(1, Unbounded((1,)), num_cells=(1,))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        # The state grows by 5 a step, whatever the action, which overflows where the state is
+        # above 12: the ReLU of minus infinity is 0.
+        model.delta_network[0].weight[0, 1] = -1
+        model.delta_network[2].weight[0, 0] = 1
+        model.delta_network[2].bias[:] = torch.tensor([5.0, -100.0])
+        model.action_network[0].weight[0, 0] = 1
+        model.action_network[2].weight[0, 0] = 3.4e38 / 12
+    trace = sample_traces(
+        model, torch.zeros(1, 1), num_steps=6, noise=make_noise(model, 6, 1), backend=backend
+    )
+    # An action is conditioned on the next state: 25, 20, 15, 10, 5, 0.
+    assert trace["collector", "mask"].tolist() == [[False, False, False, True, True, True]]
+    assert trace["next", "observation"][0, 3:, 0].tolist() == pytest.approx([10, 5, 0], abs=0.5)
+    for key, value in trace.items(True, True):
+        assert bool(torch.isfinite(value).all()), key
+
+
 # What is refused. -------------------------------------------------------------------------------
 
 
@@ -521,7 +553,7 @@ MAZE = {"slip": 0.1, "max_steps": None}
 
 
 def chi_square(counts, probability, total):
-    """p-value of the counts of outcomes; rare outcomes are pooled, impossible ones must not occur."""
+    """p-value of counts of outcomes; rare ones are pooled, impossible ones must not occur."""
     assert set(counts) <= {outcome for outcome, p in probability.items() if p > 0}
     assert sum(counts.values()) == total
     assert sum(probability.values()) == pytest.approx(1, abs=1e-6)
@@ -587,7 +619,9 @@ def test_one_step_has_the_distribution_of_the_kernel(fitted, cell, backend):
     stop, predecessor = tabular_kernel(fitted, FourRoomsEnv(5))
     states, actions, mask, _ = walk_maze(fitted, cell, 20_000, 1, backend)
     counts = Counter()
-    for before, action, kept in zip(states[:, 0].tolist(), actions[:, 0].tolist(), mask[:, 0].tolist(), strict=True):
+    for before, action, kept in zip(
+        states[:, 0].tolist(), actions[:, 0].tolist(), mask[:, 0].tolist(), strict=True
+    ):
         counts[(action, before) if kept else "stop"] += 1
     probability = {"stop": float(stop[cell])}
     for action, before in itertools.product(range(4), range(25)):
@@ -619,7 +653,7 @@ def test_two_steps_have_the_distribution_of_the_product(fitted):
 
 def test_traces_of_the_exact_model_are_as_long_as_episodes(exact):
     model, _ = exact
-    number, longest = 20_000, 80
+    number, longest = 10_000, 60
     _, _, mask, _ = walk_maze(model, GOAL, number, longest)
     length = mask.sum(-1).tolist()
     # Forwards, without any posterior: the first time at the goal.
@@ -635,11 +669,38 @@ def test_traces_of_the_exact_model_are_as_long_as_episodes(exact):
     assert chi_square(Counter(length), probability, number) > ERROR_RATE
 
 
+def short_episodes(env, longest):
+    """All episodes from (1, 1) to the goal of so many steps at most, and their probability."""
+    linked = transition_probability(env) > 0
+    steps = [
+        [
+            (action, after)
+            for action in range(4)
+            for after in linked[cell, action].nonzero().flatten().tolist()
+        ]
+        for cell in range(25)
+    ]
+    probability, walks = {}, [((6,), ())]
+    for left in reversed(range(longest)):
+        grown = [
+            ((*s, after), (*a, action))
+            for s, a in walks
+            for action, after in steps[s[-1]]
+            if abs(after // 5 - 3) + abs(after % 5 - 3) <= left
+        ]
+        walks = [walk for walk in grown if walk[0][-1] != GOAL]
+        done = [walk for walk in grown if walk[0][-1] == GOAL]
+        if done:
+            s, a = (torch.tensor(column) for column in zip(*done, strict=True))
+            log_probability = forward_log_probability(env, UNIFORM, s, a)
+            probability.update(zip(done, log_probability.exp().tolist(), strict=True))
+    return probability
+
+
 @pytest.mark.parametrize("backend", ["reference", "eager"])
 def test_whole_traces_of_the_exact_model_have_the_posterior_distribution(exact, backend):
     model, _ = exact
-    env = FourRoomsEnv(5, **MAZE)
-    number, longest = 40_000, 6
+    number, longest = 40_000, 5
     # One more step than the longest episode counted, for its stop.
     states, actions, mask, _ = walk_maze(model, GOAL, number, longest + 1, backend)
     counts = Counter()
@@ -647,22 +708,7 @@ def test_whole_traces_of_the_exact_model_have_the_posterior_distribution(exact, 
         first = longest + 1 - length
         short = length <= longest
         counts[(tuple(s[first:]), tuple(a[first:])) if short else "longer"] += 1
-    # All episodes of up to six steps, by enumeration, with their forward probability.
-    probability, open_walks = {}, [((6,), ())]
-    linked = transition_probability(env) > 0
-    for _ in range(longest):
-        grown = [
-            ((*s, after), (*a, action))
-            for s, a in open_walks
-            for action in range(4)
-            for after in linked[s[-1], action].nonzero().flatten().tolist()
-        ]
-        done = [walk for walk in grown if walk[0][-1] == GOAL]
-        open_walks = [walk for walk in grown if walk[0][-1] != GOAL]
-        if done:
-            s, a = (torch.tensor(column) for column in zip(*done, strict=True))
-            log_probability = forward_log_probability(env, UNIFORM, s, a)
-            probability.update(zip(done, log_probability.exp().tolist(), strict=True))
+    probability = short_episodes(FourRoomsEnv(5, **MAZE), longest)
     probability["longer"] = 1 - sum(probability.values())
     assert chi_square(counts, probability, number) > ERROR_RATE
 

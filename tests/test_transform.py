@@ -569,6 +569,18 @@ class TestMask:
         assert same(kept[..., -1], mask)
         assert not kept[~mask].any()
 
+    def test_reasons_to_mask_add_up(self):
+        data = transitions(5)
+        data["collector", "mask"] = torch.tensor([True, True, True, False, True])
+        data["next", "observation"][1] = torch.nan
+        data["value_target"][2] = -9.0
+        trace = BacktrackTransform(make_model(), num_steps=T, min_value=-5.0)(data)["trace"]
+        kept = trace["collector", "mask"]
+        assert kept.all(-1).tolist() == kept.any(-1).tolist() == [True, False, False, False, True]
+        data["collector", "mask"] = torch.ones(5, 2, dtype=torch.bool)
+        with pytest.raises(ValueError, match=r"'collector', 'mask'.* has shape \(5, 2\)"):
+            BacktrackTransform(make_model(), num_steps=T)(data)
+
     def test_last_visit_is_the_default(self):
         env = FourRoomsEnv(5)
         model = BacktrackModel.from_env(env, num_cells=(8,))

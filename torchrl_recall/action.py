@@ -1,4 +1,4 @@
-"""How actions become the model's: a flat vector or a class index, with the head that fits the spec."""
+"""How actions become the model's: a flat vector or a class index, with the spec's head."""
 
 from __future__ import annotations
 

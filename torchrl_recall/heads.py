@@ -22,7 +22,7 @@ TANH_LIMIT = math.atanh(1 - TANH_MARGIN)
 
 
 def bounded_log_scale(raw: Tensor, interval: tuple[float, float]) -> Tensor:
-    """Squash ``raw`` smoothly into ``interval``: the log of a scale that cannot vanish or explode."""
+    """Squash ``raw`` into ``interval``: the log of a scale that cannot vanish or explode."""
     low, high = interval
     return low + (high - low) * torch.sigmoid(raw)
 

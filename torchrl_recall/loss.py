@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams, unravel_key
 from tensordict.nn import TensorDictModule, dispatch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.checks import check_finite
@@ -86,6 +86,8 @@ class BacktrackLoss(LossModule):
     tensor_keys: _AcceptedKeys  # pyright: ignore[reportIncompatibleMethodOverride]
     model: BacktrackModel
     reduction: Reduction
+    # The model stays itself, so that its running statistics stay shared.
+    functional = False  # pyright: ignore
 
     def __init__(
         self,
@@ -112,11 +114,6 @@ class BacktrackLoss(LossModule):
         self.out_keys = ["loss_backtrack", *(f"backtrack_{term}_log_prob" for term in terms)]
         self._in_keys: list[NestedKey] | None = None
 
-    @property
-    def functional(self) -> bool:  # pyright: ignore
-        """False: the model stays itself, so that its running statistics stay shared."""
-        return False
-
     def _forward_value_estimator_keys(self, **kwargs) -> None:
         pass
 
@@ -124,10 +121,9 @@ class BacktrackLoss(LossModule):
         """Set the names of entries; see ``_AcceptedKeys``."""
         super().set_keys(**kwargs)
         keys = self._observation_keys
-        if len(keys) != len(self.model.observation_keys):
-            raise ValueError(
-                f"observation must name {len(self.model.observation_keys)} keys, got {keys}."
-            )
+        expected = len(self.model.observation_keys)
+        if len(keys) != expected:
+            raise ValueError(f"observation must name {expected} keys, got {keys}.")
         self._in_keys = None
 
     @property
@@ -188,8 +184,7 @@ class BacktrackLoss(LossModule):
         )
         loss = -torch.stack(list(terms.values())).sum(0)
         if is_init is not None:
-            first = torch.nn.functional.logsigmoid(self.model.stop_logit(state))
-            loss = loss - torch.where(is_init, first, torch.zeros_like(first))
+            loss = loss - is_init * nn.functional.logsigmoid(self.model.stop_logit(state))
         out = {"loss_backtrack": reduce_kept(loss, kept, self.reduction)}
         for name, term in terms.items():
             out[f"backtrack_{name}_log_prob"] = reduce_kept(term.detach(), kept, "mean")

@@ -1,4 +1,4 @@
-"""The backtracking model ``q(stop|s') q(a|s') q(Δ|a,s')``: which step led here, or did it begin here.
+"""The backtracking model ``q(stop|s') q(a|s') q(Δ|a,s')``: which step led here, if any.
 
 It stands at the head of the method: `BacktrackLoss` fits it to real transitions,
 `sample_traces` walks backwards with it.
@@ -398,8 +398,10 @@ class BacktrackModel(TensorDictModuleBase):
             if isinstance(head, NormalHead | TanhNormalHead):
                 low, high = head.log_scale_range
                 share = min(max(-low / (high - low), 0.1), 0.9)
-                network[-1].weight[head.size :] *= 0.1
-                network[-1].bias[head.size :] = math.log(share / (1 - share))
+                last = list(network.children())[-1]
+                assert isinstance(last, nn.Linear)
+                last.weight[head.size :] *= 0.1
+                last.bias[head.size :] = math.log(share / (1 - share))
 
 
 def _as_mapping(observation: Any, keys: Sequence[NestedKey] | None) -> dict[NestedKey, Any]:

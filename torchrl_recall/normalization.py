@@ -1,7 +1,7 @@
 """Running mean and scale of real data, kept as buffers of the backtracking model.
 
-Written here rather than taken from ``torchrl``'s ``RunningMeanStd`` because it must keep the model's
-dtype (that one casts to float32) and skip masked rows.
+Written here rather than taken from ``torchrl``'s ``RunningMeanStd`` because it must keep the
+model's dtype (that one casts to float32) and skip masked rows.
 """
 
 from __future__ import annotations

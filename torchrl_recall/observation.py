@@ -233,8 +233,8 @@ class ObservationCodec(nn.Module):
         self._check_shape(value, shape, name, ndim)
         if value.dtype != self.unit.dtype:
             raise ValueError(
-                f"{name} has dtype {value.dtype}, but the model has {self.unit.dtype}; cast the data "
-                "(torchrl.envs.DoubleToFloat) or the model (model.to(dtype))."
+                f"{name} has dtype {value.dtype}, but the model has {self.unit.dtype}; cast the "
+                "data (torchrl.envs.DoubleToFloat) or the model (model.to(dtype))."
             )
         check_device(name, value.device, self.unit.device)
         if finite:

@@ -1,30 +1,41 @@
-"""The tiled eager backend: the reference walk with everything that costs time taken out of the loop.
+"""The tiled eager backend: the reference walk with all that costs time taken out of the loop.
 
-Against the reference it (1) folds the normalisation into the weights, (2) stacks the first layers of
-all networks into one product, (3) adds the action's share of the first layer instead of
+Against the reference it (1) folds the normalisation into the weights, (2) stacks the first layers
+of all networks into one product, (3) adds the action's share of the first layer instead of
 concatenating, (4) writes into buffers, and (5) computes log-probabilities once, at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag, pad, softplus
 from torchrl.modules import MLP
 
 from torchrl_recall.heads import (
+    LOG_SQRT_2_PI,
     TANH_LIMIT,
     CategoricalHead,
-    NormalDelta,
+    ClassDelta,
     NormalHead,
+    SupportDelta,
     TanhNormalHead,
-    normal_log_prob,
     sample_index,
 )
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.traces.noise import TraceNoise
 from torchrl_recall.traces.walk import Walk
+
+Activation = Callable[[Tensor], Tensor]
+Head = NormalHead | TanhNormalHead | CategoricalHead
+_IN_PLACE: dict[type[nn.Module], Activation] = {
+    nn.ReLU: torch.relu_,
+    nn.Tanh: torch.tanh_,
+    nn.Sigmoid: torch.sigmoid_,
+}
 
 
 def unsupported(model: BacktrackModel) -> str | None:
@@ -39,6 +50,9 @@ def unsupported(model: BacktrackModel) -> str | None:
             return f"{name} is not an alternation of Linear layers and activations"
         if any(m.bias is None for m in linear):
             return f"{name} has Linear layers without bias"
+        kinds = {type(m) for m in activations}
+        if len(kinds) == 1 and kinds <= _IN_PLACE.keys():
+            continue
         if any(list(m.parameters()) or list(m.buffers()) for m in activations):
             return f"{name} has activations with parameters"
         if len({repr(m) for m in activations}) > 1:
@@ -49,65 +63,55 @@ def unsupported(model: BacktrackModel) -> str | None:
 class EagerWalk:
     """A model packed for walking; call it with starts and noise, tile by tile.
 
+    Neither packing nor walking records gradients.
+
     Args:
         model (BacktrackModel): a model for which `unsupported` finds no reason.
     """
 
+    @torch.no_grad()
     def __init__(self, model: BacktrackModel) -> None:
         self.codec = model.observation
-        self.action_head = model.action.head
-        self.delta_head = model.delta_head
-        nets = [model.delta_network, model.action_network]
+        self.action_head: Head = model.action.head
+        self.delta_head: Head = model.delta_head
+        networks: list[list[Any]] = [list(model.delta_network), list(model.action_network)]
         if model.stop_network is not None:
-            nets.append(model.stop_network)
-        layers = [[(m.weight.detach(), m.bias.detach()) for m in list(net)[::2]] for net in nets]
-        activations = [_activation(net[1]) if len(net) > 1 else None for net in nets]
+            networks.append(list(model.stop_network))
+        layers = [[(m.weight, m.bias) for m in network[::2]] for network in networks]
+        self.activations = [_activation(network[1:2]) for network in networks]
 
         width = self.codec.feature_size
-        delta_weight, delta_bias = layers[0][0]
-        self.action_weight = delta_weight[:, width:].t()
-        layers[0][0] = (delta_weight[:, :width], delta_bias)
-        if isinstance(self.action_head, CategoricalHead):
-            self.action_weight = self.action_weight.contiguous()
-        if isinstance(self.delta_head, NormalDelta):
-            layers[0][-1], self.delta_low = self._fold_delta(*layers[0][-1])
+        weight, bias = layers[0][0]
+        self.action_weight: Tensor = weight[:, width:].t()
+        layers[0][0] = weight[:, :width], bias
+        if isinstance(self.delta_head, NormalHead):
+            # The step multiplies the location by the unit of the change; its mean enters here.
+            mean, self.delta_unit = self.delta_head.normalizer.mean, self.delta_head.normalizer.std
+            weight, bias = layers[0][-1]
+            layers[0][-1] = weight, bias + pad(mean / self.delta_unit, (0, len(mean)))
             low, high = self.delta_head.log_scale_range
-            self.delta_width = high - low
-            self._fold_first_is_last(layers)
-        if isinstance(self.action_head, NormalHead | TanhNormalHead):
+            self.delta_scale = self.delta_unit.log() + low, high - low
+        if not isinstance(self.action_head, CategoricalHead):
             low, high = self.action_head.log_scale_range
-            self.action_low, self.action_width = delta_bias.new_tensor(low), high - low
+            self.action_scale = bias.new_full((), low), high - low
+        self._stack_first([network_layers[0] for network_layers in layers])
+        self.rest = [[(w.t(), b) for w, b in network_layers[1:]] for network_layers in layers]
 
-        first = [net_layers[0] for net_layers in layers]
-        weight, bias = (torch.cat(column) for column in zip(*first, strict=True))
+    def _stack_first(self, layers: list[tuple[Tensor, Tensor]]) -> None:
+        """Stack the first layers, which all read the state, with their input normalised."""
+        weight = torch.cat([w.t() for w, _ in layers], 1)
+        bias = torch.cat([b for _, b in layers])
         if self.codec.normalizer is not None:
-            weight = weight / self.codec.normalizer.std
-            bias = bias - weight @ self.codec.normalizer.mean
-            self.first_weight, self.first_bias = weight.t(), bias
+            weight /= self.codec.normalizer.std.unsqueeze(-1)
+            self.first_bias = torch.addmv(bias, weight.t(), self.codec.normalizer.mean, alpha=-1)
         else:
-            table = weight.t().contiguous()
             # Exactly one feature of the first coordinate is on, so its rows can carry the bias.
-            table[: self.codec.cardinality[0]] += bias
-            self.first_weight, self.first_bias = table, None
-        self.widths = [len(layer[1]) for layer in first]
-        self.rest = [[(w.t(), b) for w, b in net_layers[1:]] for net_layers in layers]
-        self.activations = activations
+            weight[: self.codec.cardinality[0]] += bias
+            self.first_bias = None
+        self.first_weight = weight
+        self.widths = [len(b) for _, b in layers]
 
-    def _fold_delta(self, weight: Tensor, bias: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        normalizer = self.delta_head.normalizer
-        size, std = self.delta_head.size, normalizer.std
-        weight, bias = weight.clone(), bias.clone()
-        weight[:size] *= std.unsqueeze(-1)
-        bias[:size] = bias[:size] * std + normalizer.mean
-        return (weight, bias), std.log() + self.delta_head.log_scale_range[0]
-
-    def _fold_first_is_last(self, layers: list) -> None:
-        # Without hidden layers the action enters the output itself, so its share is folded too.
-        if len(layers[0]) == 1:
-            size, std = self.delta_head.size, self.delta_head.normalizer.std
-            self.action_weight = self.action_weight.clone()
-            self.action_weight[:, :size] *= std
-
+    @torch.no_grad()
     def __call__(self, start: Tensor, noise: TraceNoise) -> Walk:
         """Walk one tile backwards.
 
@@ -121,98 +125,212 @@ class EagerWalk:
         num_steps, n = noise.action.shape[:2]
         states = start.new_empty(num_steps + 1, n, self.codec.size)
         states[num_steps] = start
-        action_out = noise.action.new_empty(num_steps, n, self.action_head.output_size)
-        delta_out = noise.action.new_empty(num_steps, n, self.delta_head.output_size)
-        classes = isinstance(self.action_head, CategoricalHead)
-        actions = noise.action.new_empty(
-            (num_steps, n) if classes else noise.action.shape,
-            dtype=torch.int64 if classes else noise.action.dtype,
-        )
+        state_at = states.unbind(0)
         first = noise.action.new_empty(n, sum(self.widths))
-        buffers = [[first.new_empty(n, len(b)) for _, b in net[:-1]] for net in self.rest]
-        stop_out = first.new_empty(num_steps, n, 1) if noise.stop is not None else None
         delta_first, action_first, *stop_first = first.split(self.widths, 1)
-        # One call for all views: slicing step by step costs as much as the arithmetic.
-        columns = (states, action_out, noise.action, actions, delta_out, noise.delta)
-        state_at, action_out_at, action_noise, action_at, delta_out_at, delta_noise = (
-            column.unbind(0) for column in columns
+        delta_rest, action_rest, *stop_rest = (
+            _Rest(layers, activation, n)
+            for layers, activation in zip(self.rest, self.activations, strict=True)
         )
-        action_parts = _halves(action_out) if not classes else None
-        delta_parts = _halves(delta_out) if isinstance(self.delta_head, NormalDelta) else None
+        by_class = isinstance(self.action_head, CategoricalHead)
+        actions = (_ClassActions if by_class else _NormalActions)(self, noise.action)
+        by_class = isinstance(self.delta_head, CategoricalHead)
+        deltas = (_ClassDeltas if by_class else _NormalDeltas)(self, noise.delta)
+        stop_out = None if noise.stop is None else first.new_empty(num_steps, n, 1)
 
         for t in range(num_steps - 1, -1, -1):
-            state, action = state_at[t + 1], action_at[t]
+            state = state_at[t + 1]
             self._enter(state, first)
             if stop_out is not None:
-                self._finish(2, stop_first[0], buffers[2], stop_out[t])
-            self._finish(1, action_first, buffers[1], action_out_at[t])
-            if action_parts is None:
-                action.copy_(sample_index(action_out_at[t], action_noise[t].squeeze(-1)))
-                delta_first.add_(self.action_weight[action])
-            else:
-                loc, raw = action_parts[0][t], action_parts[1][t]
-                scale = torch.add(self.action_low, torch.sigmoid(raw), alpha=self.action_width)
-                torch.addcmul(loc, scale.exp_(), action_noise[t], out=action)
-                if isinstance(self.action_head, TanhNormalHead):
-                    action.clamp_(-TANH_LIMIT, TANH_LIMIT).tanh_()
-                delta_first.addmm_(action, self.action_weight)
-            self._finish(0, delta_first, buffers[0], delta_out_at[t])
-            if delta_parts is None:
-                before, _ = self.delta_head.predecessor(delta_out_at[t], state, delta_noise[t])
-                state_at[t].copy_(before)
-            else:
-                loc, raw = delta_parts[0][t], delta_parts[1][t]
-                scale = torch.add(self.delta_low, torch.sigmoid(raw), alpha=self.delta_width)
-                torch.addcmul(state, scale.exp_(), delta_noise[t], out=state_at[t]).add_(loc)
+                stop_rest[0](stop_first[0], stop_out[t])
+            action_rest(action_first, actions.parameters_at[t])
+            actions.step(t, delta_first)
+            delta_rest(delta_first, deltas.parameters_at[t])
+            deltas.step(t, state, state_at[t])
 
-        # Nothing was kept of the loop but outputs and noise: enough for all log-probabilities.
-        if isinstance(self.action_head, CategoricalHead):
-            action_log_prob = self.action_head.log_prob(action_out, actions)
-        else:
-            actions, action_log_prob = self.action_head.sample(action_out, noise.action)
-        if delta_parts is None:
-            delta_log_prob = self.delta_head.predecessor_log_prob(
-                delta_out, states[:-1], states[1:]
-            )
-        else:
-            raw = delta_out.chunk(2, -1)[1]
-            log_scale = torch.add(self.delta_low, torch.sigmoid(raw), alpha=self.delta_width)
-            delta_log_prob = normal_log_prob(noise.delta, log_scale)
         alive = None
         if stop_out is not None and noise.stop is not None:
             goes_on = noise.stop >= torch.sigmoid(stop_out.squeeze(-1))
             alive = goes_on.flip(0).int().cumprod(0).flip(0).bool()
-        return Walk(states, actions, action_log_prob, delta_log_prob, alive)
+        return Walk(states, *actions.finish(), deltas.log_prob(), alive)
 
     def _enter(self, state: Tensor, first: Tensor) -> None:
         """Run the first layer of all networks at once."""
         if self.first_bias is None:
             index = self.codec.feature_index(state)
-            first.copy_(nn.functional.embedding_bag(index, self.first_weight, mode="sum"))
+            first.copy_(embedding_bag(index, self.first_weight, mode="sum"))
         else:
             torch.addmm(self.first_bias, state, self.first_weight, out=first)
 
-    def _finish(self, net: int, hidden: Tensor, buffers: list[Tensor], out: Tensor) -> None:
-        """Run the layers behind the first one."""
-        if not self.rest[net]:
-            out.copy_(hidden)
+
+class _Rest:
+    """The layers of a network behind its first one, with buffers for a tile of ``n`` rows."""
+
+    def __init__(
+        self, layers: list[tuple[Tensor, Tensor]], activation: Activation | None, n: int
+    ) -> None:
+        self.activation = activation
+        self.hidden = [(weight, bias, bias.new_empty(n, len(bias))) for weight, bias in layers[:-1]]
+        self.last = layers[-1] if layers else None
+
+    def __call__(self, x: Tensor, out: Tensor) -> None:
+        if self.last is None:
+            out.copy_(x)
             return
-        activation = self.activations[net]
-        assert activation is not None
-        hidden = activation(hidden)
-        for (weight, bias), buffer in zip(self.rest[net][:-1], buffers, strict=True):
-            hidden = activation(torch.addmm(bias, hidden, weight, out=buffer))
-        weight, bias = self.rest[net][-1]
-        torch.addmm(bias, hidden, weight, out=out)
+        activation = self.activation
+        assert activation is not None  # there is one between any two layers
+        x = activation(x)
+        for weight, bias, buffer in self.hidden:
+            x = activation(torch.addmm(bias, x, weight, out=buffer))
+        weight, bias = self.last
+        torch.addmm(bias, x, weight, out=out)
 
 
-def _halves(parameters: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return location and raw scale of every step."""
-    loc, raw = parameters.chunk(2, -1)
-    return loc.unbind(0), raw.unbind(0)
+class _Normals:
+    """Samples of a Gaussian head in one tile; keeps what their log-densities need.
+
+    Args:
+        noise (Tensor): ``[T, n, size]`` standard normal.
+        low (Tensor): with ``width``, the log-scale is ``low + width * sigmoid(raw)``.
+        width (float): see ``low``.
+    """
+
+    def __init__(self, noise: Tensor, low: Tensor, width: float) -> None:
+        self.noise, self.low, self.width = noise, low, width
+        # One call for all views: slicing step by step costs as much as the arithmetic.
+        self.noise_at = noise.unbind(0)
+        self.log_scale = torch.empty_like(noise)
+        self.log_scale_at = self.log_scale.unbind(0)
+        num_steps, n, size = noise.shape
+        self.scale = noise.new_empty(n, size)
+        self.parameters = noise.new_empty(n, 2 * size)
+        self.parameters_at = (self.parameters,) * num_steps
+        self.loc = self.parameters[:, :size]
+        # The half that is not needed costs less than a step out of line.
+        self.gates = torch.empty_like(self.parameters)
+        self.gate = self.gates[:, size:]
+
+    def sample(self, t: int, base: Tensor, out: Tensor) -> Tensor:
+        """Write ``base + scale * noise`` of step ``t``."""
+        torch.sigmoid(self.parameters, out=self.gates)
+        log_scale = torch.add(self.low, self.gate, alpha=self.width, out=self.log_scale_at[t])
+        torch.exp(log_scale, out=self.scale)
+        return torch.addcmul(base, self.scale, self.noise_at[t], out=out)
 
 
-def _activation(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the in-place form of an activation where there is one."""
-    in_place = {nn.ReLU: torch.relu_, nn.Tanh: torch.tanh_, nn.Sigmoid: torch.sigmoid_}
-    return in_place.get(type(module), module)
+class _NormalActions(_Normals):
+    def __init__(self, walk: EagerWalk, noise: Tensor) -> None:
+        super().__init__(noise, *walk.action_scale)
+        assert isinstance(walk.action_head, NormalHead | TanhNormalHead)
+        self.head, self.weight = walk.action_head, walk.action_weight
+        self.squashes = isinstance(self.head, TanhNormalHead)
+        self.values = torch.empty_like(noise)
+        self.value_at = self.values.unbind(0)
+        self.squashed = torch.empty_like(self.scale)
+
+    def step(self, t: int, delta_first: Tensor) -> None:
+        """Sample, and add the action's share of the delta network's first layer."""
+        value = self.sample(t, self.loc, self.value_at[t])
+        if self.squashes:
+            value = torch.clamp(value, -TANH_LIMIT, TANH_LIMIT, out=self.squashed).tanh_()
+        delta_first.addmm_(value, self.weight)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Return the actions in their own unit and their log-densities."""
+        if isinstance(self.head, NormalHead):
+            mean, std = self.head.normalizer.mean, self.head.normalizer.std
+            log_prob = _normal_log_prob(self.noise, self.log_scale) - std.log().sum()
+            return torch.addcmul(mean, self.values, std), log_prob
+        inside = self.values.clamp(-TANH_LIMIT, TANH_LIMIT)
+        # The noise that would have led to the clamped value.
+        noise = torch.addcdiv(self.noise, inside - self.values, self.log_scale.exp())
+        # tanh changes the scale too, by 1 - tanh(x)², whose log is -2 (x + softplus(-2 x) - log 2).
+        squeeze = torch.sub(inside, softplus(inside, beta=-2), alpha=2)
+        log_scale = torch.sub(self.log_scale, squeeze, alpha=2)
+        log_scale += (4 * self.head.half_range).log()
+        log_prob = _normal_log_prob(noise, log_scale)
+        values = torch.addcmul(self.head.middle, self.head.half_range, inside.tanh_())
+        return values, log_prob
+
+
+class _NormalDeltas(_Normals):
+    def __init__(self, walk: EagerWalk, noise: Tensor) -> None:
+        super().__init__(noise, *walk.delta_scale)
+        self.unit = walk.delta_unit
+
+    def step(self, t: int, state: Tensor, before: Tensor) -> None:
+        """Sample, and write the predecessor of ``state``."""
+        self.sample(t, state, before).addcmul_(self.loc, self.unit)
+
+    def log_prob(self) -> Tensor:
+        """Return the log-densities of all steps."""
+        return _normal_log_prob(self.noise, self.log_scale)
+
+
+class _Classes:
+    """Samples of a categorical head in one tile; keeps what their log-probabilities need.
+
+    Args:
+        noise (Tensor): ``[T, n, 1]`` uniform in [0, 1).
+        num_classes (int): number of classes.
+    """
+
+    def __init__(self, noise: Tensor, num_classes: int) -> None:
+        self.noise_at = noise.squeeze(-1).unbind(0)
+        self.parameters_at = noise.new_empty(*noise.shape[:2], num_classes).unbind(0)
+        self.logits: list[Tensor] = []
+        self.indices: list[Tensor] = []
+
+    def sample(self, t: int, logits: Tensor) -> Tensor:
+        """Return the class indices of step ``t``, the last step first."""
+        index = sample_index(logits, self.noise_at[t])
+        self.logits.append(logits)
+        self.indices.append(index)
+        return index
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Return the class indices and their log-probabilities."""
+        logits, index = torch.stack(self.logits[::-1]), torch.stack(self.indices[::-1])
+        log_prob = torch.log_softmax(logits, -1).gather(-1, index.unsqueeze(-1))
+        return index, log_prob.squeeze(-1)
+
+
+class _ClassActions(_Classes):
+    def __init__(self, walk: EagerWalk, noise: Tensor) -> None:
+        super().__init__(noise, walk.action_head.output_size)
+        self.weight = walk.action_weight
+
+    def step(self, t: int, delta_first: Tensor) -> None:
+        """Sample, and add the action's share of the delta network's first layer."""
+        delta_first.add_(self.weight[self.sample(t, self.parameters_at[t])])
+
+
+class _ClassDeltas(_Classes):
+    def __init__(self, walk: EagerWalk, noise: Tensor) -> None:
+        super().__init__(noise, walk.delta_head.output_size)
+        assert isinstance(walk.delta_head, SupportDelta | ClassDelta)
+        self.head = walk.delta_head
+
+    def step(self, t: int, state: Tensor, before: Tensor) -> None:
+        """Sample, and write the predecessor of ``state``."""
+        logits = self.parameters_at[t]
+        if isinstance(self.head, SupportDelta):
+            index = self.sample(t, self.head.logits(logits, state))
+            torch.add(state, self.head.support[index], out=before)
+        else:
+            before.copy_(self.head.codec.from_joint_index(self.sample(t, logits)))
+
+    def log_prob(self) -> Tensor:
+        """Return the log-probabilities of all steps."""
+        return self.finish()[1]
+
+
+def _activation(modules: list[nn.Module]) -> Activation | None:
+    """Return an activation, in place where it can be; None for a network of one layer."""
+    return _IN_PLACE.get(type(modules[0]), modules[0]) if modules else None
+
+
+def _normal_log_prob(noise: Tensor, log_scale: Tensor) -> Tensor:
+    """Log-density of ``loc + exp(log_scale) * noise``, summed over the last dimension."""
+    energy = torch.addcmul(log_scale, noise, noise, value=0.5)
+    return -noise.shape[-1] * LOG_SQRT_2_PI - energy.sum(-1)

@@ -1,4 +1,4 @@
-"""The random numbers of a walk, drawn before it starts, so that every backend can be fed the same."""
+"""The random numbers of a walk, drawn before it starts, so that backends can be fed the same."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -177,19 +178,26 @@ class _Columns:
             self.mask[rows] &= last_visit_mask(walk.states.transpose(0, 1))
 
     def _finite(self, walk: Walk) -> Walk:
-        """Mask what has left the numbers and put the walk's start in its place."""
-        # What is not finite stays so on the way back: the oldest state tells.
-        if walk.states.device.type == "cpu" and bool(torch.isfinite(walk.states[0]).all()):
+        """Mask what has left the numbers, and all before; put the walk's start in its place."""
+        # Sums are enough to tell that all is well. A state that is not finite stays so on the way
+        # back, but an action can overflow first.
+        columns = (walk.states[0], walk.actions, walk.action_log_prob, walk.delta_log_prob)
+        total = sum(float(x.sum()) for x in columns) if walk.states.is_cpu else math.nan
+        if math.isfinite(total):
             return walk
-        finite = torch.isfinite(walk.states).all(-1, keepdim=True)
-        kept = finite[:-1].squeeze(-1)
-        alive = kept if walk.alive is None else walk.alive & kept
-        zero = walk.action_log_prob.new_zeros(())
+        kept = torch.isfinite(walk.states[:-1]).all(-1)
+        kept &= torch.isfinite(walk.action_log_prob) & torch.isfinite(walk.delta_log_prob)
         actions = walk.actions
+        zero = walk.action_log_prob.new_zeros(())
         if actions.is_floating_point():
-            actions = torch.where(finite[:-1], actions, zero)
+            kept &= torch.isfinite(actions).all(-1)
+        kept = kept.flip(0).int().cumprod(0).flip(0).bool()
+        if actions.is_floating_point():
+            actions = torch.where(kept.unsqueeze(-1), actions, zero)
+        alive = kept if walk.alive is None else walk.alive & kept
+        start = walk.states[-1:]
         return Walk(
-            torch.where(finite, walk.states, walk.states[-1]),
+            torch.cat([torch.where(kept.unsqueeze(-1), walk.states[:-1], start), start]),
             actions,
             torch.where(kept, walk.action_log_prob, zero),
             torch.where(kept, walk.delta_log_prob, zero),
