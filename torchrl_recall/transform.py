@@ -57,8 +57,8 @@ class BacktrackTransform(Transform):
         TypeError: an argument of the wrong type.
         ValueError: lengths below 1, or keys that do not match the model.
 
-    Non-finite start states (such as the gaps that ``NextStateReconstructor`` leaves) and rows masked
-    at ``("collector", "mask")`` (padding) give a masked trace with finite entries.
+    Non-finite start states (such as the gaps that ``NextStateReconstructor`` leaves) and padding,
+    masked at ``("collector", "mask")``, give a masked trace with finite entries.
 
     Source: Goyal et al., *Recall Traces*, ICLR 2019, https://arxiv.org/abs/1804.00379.
 

@@ -19,7 +19,6 @@ from torchrl_recall.heads import (
     LOG_SQRT_2_PI,
     TANH_LIMIT,
     CategoricalHead,
-    ClassDelta,
     NormalHead,
     SupportDelta,
     TanhNormalHead,
@@ -291,8 +290,9 @@ class _Classes:
     def finish(self) -> tuple[Tensor, Tensor]:
         """Return the class indices and their log-probabilities."""
         logits, index = torch.stack(self.logits[::-1]), torch.stack(self.indices[::-1])
-        log_prob = torch.log_softmax(logits, -1).gather(-1, index.unsqueeze(-1))
-        return index, log_prob.squeeze(-1)
+        # Classes first: torch vectorises over what follows, and there may be very few of them.
+        log_prob = torch.log_softmax(logits.movedim(-1, 0).contiguous(), 0)
+        return index, log_prob.gather(0, index.unsqueeze(0)).squeeze(0)
 
 
 class _ClassActions(_Classes):
@@ -308,8 +308,7 @@ class _ClassActions(_Classes):
 class _ClassDeltas(_Classes):
     def __init__(self, walk: EagerWalk, noise: Tensor) -> None:
         super().__init__(noise, walk.delta_head.output_size)
-        assert isinstance(walk.delta_head, SupportDelta | ClassDelta)
-        self.head = walk.delta_head
+        self.head, self.codec = walk.delta_head, walk.codec
 
     def step(self, t: int, state: Tensor, before: Tensor) -> None:
         """Sample, and write the predecessor of ``state``."""
@@ -318,7 +317,7 @@ class _ClassDeltas(_Classes):
             index = self.sample(t, self.head.logits(logits, state))
             torch.add(state, self.head.support[index], out=before)
         else:
-            before.copy_(self.head.codec.from_joint_index(self.sample(t, logits)))
+            before.copy_(self.codec.from_joint_index(self.sample(t, logits)))
 
     def log_prob(self) -> Tensor:
         """Return the log-probabilities of all steps."""

@@ -107,8 +107,9 @@ def sample_traces(
         if noise is None:
             tile_noise = draw_noise(model, num_steps, len(tile), generator)
         else:
+            stop = None if noise.stop is None else noise.stop[:, low : low + TILE]
             tile_noise = TraceNoise(
-                *(part if part is None else part[:, low : low + TILE] for part in noise)
+                noise.action[:, low : low + TILE], noise.delta[:, low : low + TILE], stop
             )
         columns.write(low, walk(tile, tile_noise))
     return columns.tensordict(batch)
