@@ -45,7 +45,9 @@ class ActionCodec(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(action, int):
-            action = Bounded(-1.0, 1.0, (check_at_least_one("action", action),), dtype=dtype)
+            action = Bounded(
+                -1.0, 1.0, torch.Size([check_at_least_one("action", action)]), dtype=dtype
+            )
         self.shape = torch.Size(getattr(action, "shape", ()))
         self.spec_dtype = getattr(action, "dtype", dtype)
         several = isinstance(action, MultiCategorical | MultiOneHot | Binary)

@@ -32,9 +32,10 @@ def check_real(name: str, value: Any, low: float, high: float) -> float:
     """Return ``value`` as a float in ``[low, high]``, or refuse it by name."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
-    if not low <= value <= high:
+    number = float(value)
+    if not low <= number <= high:
         raise ValueError(f"{name} must lie in [{low}, {high}], got {value}.")
-    return float(value)
+    return number
 
 
 def check_device(name: str, device: torch.device, expected: torch.device) -> None:

@@ -8,6 +8,7 @@ the trace sampler gives the same numbers for the same noise.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,38 @@ def sample_index(logits: Tensor, uniform: Tensor) -> Tensor:
     return (cumulative <= threshold).sum(-1)
 
 
-class NormalHead(nn.Module):
+class GaussianHead(nn.Module):
+    """What Gaussian heads share: location and bounded log-scale from one network output.
+
+    Args:
+        size (int): number of values.
+        log_scale_range (tuple of float): bounds of the log-scale.
+    """
+
+    noise_kind = "normal"
+
+    def __init__(self, size: int, log_scale_range: tuple[float, float]) -> None:
+        super().__init__()
+        self.size = self.noise_size = self.feature_size = size
+        self.output_size = 2 * size
+        self.log_scale_range = log_scale_range
+
+    def split(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Return location and log-scale."""
+        loc, raw = parameters.chunk(2, -1)
+        return loc, bounded_log_scale(raw, self.log_scale_range)
+
+    @torch.no_grad()
+    def start_scale(self, layer: nn.Module) -> None:
+        """Let a network's last layer begin with a scale near 1, the data's own, if in range."""
+        assert isinstance(layer, nn.Linear)
+        low, high = self.log_scale_range
+        share = min(max(-low / (high - low), 0.1), 0.9)
+        layer.weight[self.size :] *= 0.1
+        layer.bias[self.size :] = math.log(share / (1 - share))
+
+
+class NormalHead(GaussianHead):
     """Diagonal Gaussian over normalised values, with a bounded learned scale.
 
     Serves unbounded actions, and the change ``Δ = s_t - s_{t+1}`` of continuous states.
@@ -67,23 +99,21 @@ class NormalHead(nn.Module):
         device (torch.device, optional): device of the statistics.
     """
 
-    noise_kind = "normal"
-
-    def __init__(self, size, log_scale_range, *, floor=1e-6, dtype=None, device=None) -> None:
-        super().__init__()
-        self.size = self.noise_size = self.feature_size = size
-        self.output_size = 2 * size
-        self.log_scale_range = log_scale_range
+    def __init__(
+        self,
+        size: int,
+        log_scale_range: tuple[float, float],
+        *,
+        floor: float = 1e-6,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(size, log_scale_range)
         self.normalizer = RunningNormalizer(size, floor, dtype=dtype, device=device)
 
     def features(self, value: Tensor) -> Tensor:
         """Return the value as the delta network sees it."""
         return self.normalizer.normalize(value)
-
-    def split(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Return location and log-scale, in normalised units."""
-        loc, raw = parameters.chunk(2, -1)
-        return loc, bounded_log_scale(raw, self.log_scale_range)
 
     def log_prob(self, parameters: Tensor, value: Tensor) -> Tensor:
         """Log-density of ``value`` in its own unit."""
@@ -98,7 +128,7 @@ class NormalHead(nn.Module):
         return value, normal_log_prob(noise, log_scale + self.normalizer.std.log())
 
 
-class TanhNormalHead(nn.Module):
+class TanhNormalHead(GaussianHead):
     """Gaussian squashed by tanh into finite bounds: bounded continuous actions.
 
     Args:
@@ -107,26 +137,17 @@ class TanhNormalHead(nn.Module):
         log_scale_range (tuple of float): bounds of the log-scale before squashing.
     """
 
-    noise_kind = "normal"
     middle: Tensor
     half_range: Tensor
 
     def __init__(self, low: Tensor, high: Tensor, log_scale_range: tuple[float, float]) -> None:
-        super().__init__()
-        self.size = self.noise_size = self.feature_size = low.numel()
-        self.output_size = 2 * self.size
-        self.log_scale_range = log_scale_range
+        super().__init__(low.numel(), log_scale_range)
         self.register_buffer("middle", (low + high) / 2)
         self.register_buffer("half_range", (high - low) / 2)
 
     def features(self, value: Tensor) -> Tensor:
         """Return the action scaled to [-1, 1], as the delta network sees it."""
         return (value - self.middle) / self.half_range
-
-    def split(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Return location and log-scale before squashing."""
-        loc, raw = parameters.chunk(2, -1)
-        return loc, bounded_log_scale(raw, self.log_scale_range)
 
     def _log_prob(self, pre: Tensor, noise: Tensor, log_scale: Tensor) -> Tensor:
         jacobian = (tanh_log_jacobian(pre) + self.half_range.log()).sum(-1)
@@ -210,13 +231,22 @@ class SupportDelta(CategoricalHead):
         self.register_buffer("low", codec.low - self.tolerance)
         self.register_buffer("high", codec.high + self.tolerance)
 
+    def _inside(self, next_state: Tensor) -> Tensor:
+        reached = next_state.unsqueeze(-2) + self.support
+        return ((reached >= self.low) & (reached <= self.high)).all(-1)
+
+    def dead_end(self, next_state: Tensor) -> Tensor | None:
+        """Return ``[*B]`` bool, where nothing can have come before; None if there is no such."""
+        # Staying put never leaves the spec.
+        if bool((self.support == 0).all(-1).any()):
+            return None
+        return ~self._inside(next_state).any(-1)
+
     def logits(self, parameters: Tensor, next_state: Tensor) -> Tensor:
         """Return the logits with displacements that leave the spec at minus infinity."""
-        reached = next_state.unsqueeze(-2) + self.support
-        inside = ((reached >= self.low) & (reached <= self.high)).all(-1)
-        # Where nothing stays inside there is no right answer, but there must be a finite one.
-        inside = inside | ~inside.any(-1, keepdim=True)
-        return parameters.masked_fill(~inside, -torch.inf)
+        inside = self._inside(next_state)
+        # At a dead end there is no right answer, but there must be a finite one.
+        return parameters.masked_fill(~inside & inside.any(-1, keepdim=True), -torch.inf)
 
     def predecessor_log_prob(self, parameters: Tensor, state: Tensor, next_state: Tensor) -> Tensor:
         """Log-probability of the displacement to ``state``; minus infinity outside the support."""
@@ -228,9 +258,13 @@ class SupportDelta(CategoricalHead):
     def predecessor(
         self, parameters: Tensor, next_state: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return a predecessor of ``next_state`` and its log-probability."""
+        """Return a predecessor of ``next_state``, itself at a dead end, and its log-probability."""
         index, log_prob = self.sample(self.logits(parameters, next_state), noise)
-        return next_state + self.support[index], log_prob
+        state = next_state + self.support[index]
+        dead = self.dead_end(next_state)
+        if dead is not None:
+            state = torch.where(dead.unsqueeze(-1), next_state, state)
+        return state, log_prob
 
 
 class ClassDelta(CategoricalHead):
@@ -240,10 +274,18 @@ class ClassDelta(CategoricalHead):
         codec (ObservationCodec): numbers the states.
     """
 
+    if TYPE_CHECKING:
+
+        @property
+        def codec(self) -> ObservationCodec:
+            """Numbers the states."""
+            ...
+
     def __init__(self, codec: ObservationCodec) -> None:
         super().__init__(codec.num_states)
         self.cardinality = tuple(codec.cardinality)
-        self.__dict__["codec"] = codec  # shared with the model, not owned
+        # Shared with the model, not owned: a submodule would be saved twice.
+        self.__dict__["codec"] = codec
 
     def predecessor_log_prob(self, parameters: Tensor, state: Tensor, next_state: Tensor) -> Tensor:
         """Log-probability of ``state``."""
@@ -255,3 +297,47 @@ class ClassDelta(CategoricalHead):
         """Return a predecessor and its log-probability."""
         index, log_prob = self.sample(parameters, noise)
         return self.codec.from_joint_index(index), log_prob
+
+
+def build_delta_head(
+    codec: ObservationCodec,
+    support: Tensor | None,
+    log_scale_range: tuple[float, float],
+    factory: dict[str, Any],
+) -> NormalDelta | SupportDelta | ClassDelta:
+    """Return the head that fits the observations, or say what to pass.
+
+    Args:
+        codec (ObservationCodec): the model's states.
+        support (Tensor, optional): ``[M, D]`` displacements.
+        log_scale_range (tuple of float): bounds of a Gaussian's log-scale.
+        factory (dict): dtype and device.
+
+    Returns:
+        nn.Module: the head.
+
+    Raises:
+        ValueError: a support that does not fit, or too many classes without one.
+    """
+    if support is None:
+        if not codec.is_discrete:
+            return NormalDelta(codec.size, log_scale_range, **factory)
+        if codec.size == 1 or codec.has_joint_code:
+            return ClassDelta(codec)
+        raise ValueError(
+            f"observation has {codec.num_states} joint states, too many to predict as classes; "
+            "pass delta_support, the displacements s_t - s_{t+1} that can occur."
+        )
+    support = torch.as_tensor(support)
+    if support.ndim != 2 or support.shape[1] != codec.size or len(support) == 0:
+        raise ValueError(
+            f"delta_support has shape {tuple(support.shape)}, expected [M, {codec.size}] "
+            "with one displacement a row."
+        )
+    if len(support.unique(dim=0)) != len(support):
+        raise ValueError("delta_support has the same displacement twice, expected unique rows.")
+    if codec.is_discrete and (support.is_floating_point() or support.dtype == torch.bool):
+        raise ValueError(f"delta_support must hold integers, got dtype {support.dtype}.")
+    if not bool(torch.isfinite(support).all()):
+        raise ValueError("delta_support must be finite.")
+    return SupportDelta(support.to(device=codec.low.device, dtype=codec.low.dtype), codec)

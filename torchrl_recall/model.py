@@ -6,7 +6,6 @@ It stands at the head of the method: `BacktrackLoss` fits it to real transitions
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,20 +13,14 @@ import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torchrl.data.tensor_specs import Composite, TensorSpec
+from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import MLP
 
 from torchrl_recall.action import ActionCodec
 from torchrl_recall.checks import check_at_least_one, check_interval
-from torchrl_recall.heads import (
-    ClassDelta,
-    NormalDelta,
-    NormalHead,
-    SupportDelta,
-    TanhNormalHead,
-)
-from torchrl_recall.observation import ObservationCodec
+from torchrl_recall.heads import GaussianHead, NormalDelta, build_delta_head
+from torchrl_recall.observation import ObservationCodec, as_mapping
 
 
 class BacktrackModel(TensorDictModuleBase):
@@ -100,7 +93,7 @@ class BacktrackModel(TensorDictModuleBase):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        observations = _as_mapping(observation, observation_keys)
+        observations = as_mapping(observation, observation_keys)
         if dtype is None:
             dtypes = [getattr(spec, "dtype", None) for spec in observations.values()]
             floating = [d for d in dtypes if d is not None and d.is_floating_point]
@@ -114,7 +107,7 @@ class BacktrackModel(TensorDictModuleBase):
         self.action = ActionCodec(action, action_range, **factory)
         self.action_key = unravel_key(action_key)
         self.is_init_key = unravel_key(is_init_key)
-        self.delta_head = _delta_head(self.observation, delta_support, delta_range, factory)
+        self.delta_head = build_delta_head(self.observation, delta_support, delta_range, factory)
 
         def network(in_features: int, out_features: int) -> MLP:
             return MLP(
@@ -132,12 +125,12 @@ class BacktrackModel(TensorDictModuleBase):
         )
         self.stop_network = network(features, 1) if stop else None
         self._start_scales()
-        self.in_keys = [
+        self.in_keys: Any = [
             *self.next_observation_keys,
             *self.observation_keys,
             self.action_key,
         ]
-        self.out_keys = [("backtrack", "action_log_prob"), ("backtrack", "delta_log_prob")]
+        self.out_keys: Any = [("backtrack", "action_log_prob"), ("backtrack", "delta_log_prob")]
         if stop:
             self.out_keys.append(("backtrack", "stop_log_prob"))
 
@@ -388,59 +381,11 @@ class BacktrackModel(TensorDictModuleBase):
                 module.reset_parameters()
         self._start_scales()
 
-    @torch.no_grad()
     def _start_scales(self) -> None:
         """Start Gaussians near the data's own scale: too narrow ones begin with a huge loss."""
         for network, head in (
             (self.action_network, self.action.head),
             (self.delta_network, self.delta_head),
         ):
-            if isinstance(head, NormalHead | TanhNormalHead):
-                low, high = head.log_scale_range
-                share = min(max(-low / (high - low), 0.1), 0.9)
-                last = list(network.children())[-1]
-                assert isinstance(last, nn.Linear)
-                last.weight[head.size :] *= 0.1
-                last.bias[head.size :] = math.log(share / (1 - share))
-
-
-def _as_mapping(observation: Any, keys: Sequence[NestedKey] | None) -> dict[NestedKey, Any]:
-    if isinstance(observation, Composite):
-        batch = observation.ndim
-        leaves = {unravel_key(key): spec for key, spec in observation.items(True, True)}
-        observation = {key: spec[(0,) * batch] if batch else spec for key, spec in leaves.items()}
-    if not isinstance(observation, Mapping):
-        keys = ["observation"] if keys is None else list(keys)
-        if len(keys) != 1:
-            raise ValueError(f"observation is one size or spec, but observation_keys are {keys}.")
-        return {keys[0]: observation}
-    keys = list(observation) if keys is None else [unravel_key(key) for key in keys]
-    missing = [key for key in keys if key not in observation]
-    if missing:
-        raise KeyError(f"observation_keys {missing} are not in observation {list(observation)}.")
-    return {key: observation[key] for key in keys}
-
-
-def _delta_head(codec: ObservationCodec, support, log_scale_range, factory: dict[str, Any]):
-    if support is None:
-        if not codec.is_discrete:
-            return NormalDelta(codec.size, log_scale_range, **factory)
-        if codec.size == 1 or codec.has_joint_code:
-            return ClassDelta(codec)
-        raise ValueError(
-            f"observation has {codec.num_states} joint states, too many to predict as classes; "
-            "pass delta_support, the displacements s_t - s_{t+1} that can occur."
-        )
-    support = torch.as_tensor(support)
-    if support.ndim != 2 or support.shape[1] != codec.size or len(support) == 0:
-        raise ValueError(
-            f"delta_support has shape {tuple(support.shape)}, expected [M, {codec.size}] "
-            "with one displacement a row."
-        )
-    if len(support.unique(dim=0)) != len(support):
-        raise ValueError("delta_support has the same displacement twice, expected unique rows.")
-    if codec.is_discrete and (support.is_floating_point() or support.dtype == torch.bool):
-        raise ValueError(f"delta_support must hold integers, got dtype {support.dtype}.")
-    if not bool(torch.isfinite(support).all()):
-        raise ValueError("delta_support must be finite.")
-    return SupportDelta(support.to(device=codec.low.device, dtype=codec.low.dtype), codec)
+            if isinstance(head, GaussianHead):
+                head.start_scale(list(network.children())[-1])

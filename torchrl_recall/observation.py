@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchrl.data.tensor_specs import (
     Bounded,
     Categorical,
+    Composite,
     MultiCategorical,
     MultiOneHot,
     OneHot,
@@ -102,7 +103,8 @@ class ObservationCodec(nn.Module):
 
     def _add(self, key: NestedKey, observation: Any, dtype, low: list, high: list) -> None:
         if isinstance(observation, int):
-            observation = Unbounded((check_at_least_one(f"observation[{key!r}]", observation),))
+            size = check_at_least_one(f"observation[{key!r}]", observation)
+            observation = Unbounded(torch.Size([size]))
         shape = torch.Size(getattr(observation, "shape", ()))
         if isinstance(observation, OneHot) and not isinstance(observation, MultiOneHot):
             self.formats.append("one_hot")
@@ -120,8 +122,9 @@ class ObservationCodec(nn.Module):
             self.formats.append("continuous")
             size = math.prod(shape)
             if isinstance(observation, Bounded):
-                low.append(observation.space.low.reshape(-1).to(dtype).cpu())
-                high.append(observation.space.high.reshape(-1).to(dtype).cpu())
+                space: Any = observation.space
+                low.append(space.low.reshape(-1).to(dtype).cpu())
+                high.append(space.high.reshape(-1).to(dtype).cpu())
             else:
                 low.append(torch.full((size,), -torch.inf, dtype=dtype))
                 high.append(torch.full((size,), torch.inf, dtype=dtype))
@@ -309,3 +312,21 @@ class ObservationCodec(nn.Module):
 def sorted_keys(data: TensorDictBase) -> list[NestedKey]:
     """Return the leaf keys of ``data`` in a readable order."""
     return sorted(data.keys(True, True), key=str)
+
+
+def as_mapping(observation: Any, keys: Sequence[NestedKey] | None) -> dict[NestedKey, Any]:
+    """Return the sizes or specs of a model's observations by key, in the stated order."""
+    if isinstance(observation, Composite):
+        batch = observation.ndim
+        leaves = {unravel_key(key): spec for key, spec in observation.items(True, True)}
+        observation = {key: spec[(0,) * batch] if batch else spec for key, spec in leaves.items()}
+    if not isinstance(observation, Mapping):
+        keys = ["observation"] if keys is None else list(keys)
+        if len(keys) != 1:
+            raise ValueError(f"observation is one size or spec, but observation_keys are {keys}.")
+        return {keys[0]: observation}
+    keys = list(observation) if keys is None else [unravel_key(key) for key in keys]
+    missing = [key for key in keys if key not in observation]
+    if missing:
+        raise KeyError(f"observation_keys {missing} are not in observation {list(observation)}.")
+    return {key: observation[key] for key in keys}

@@ -168,7 +168,7 @@ def draw(runs: Sequence[dict[str, Any]], walls: np.ndarray, budget: int, path: P
 
 
 def _draw_curves(axis: Any, runs: Sequence[dict[str, Any]], budget: int) -> None:
-    grid = np.unique(np.geomspace(256, budget, 200).astype(int)) if budget > 256 else [0, budget]
+    grid = np.unique(np.geomspace(min(256, budget), budget, 200).astype(int))
     for method, (colour, dashes) in STYLES.items():
         curves = np.array([curve(run, grid) for run in runs if run["method"] == method])
         if not len(curves):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -44,7 +44,7 @@ class SelfImitation:
     def update(self, data: TensorDictBase) -> None:
         """Store finished episodes with their returns and imitate the best of the past."""
         for t in range(data.shape[1]):
-            self._record(data[:, t])
+            self._record(cast(TensorDictBase, data[:, t]))
         if not len(self.buffer):
             return
         for _ in range(self.updates):

@@ -23,6 +23,7 @@ from torchrl.objectives.value import GAE
 
 from torchrl_recall.demo.sil import SelfImitation
 from torchrl_recall.envs import FourRoomsEnv, start_success
+from torchrl_recall.envs.four_rooms import Start
 from torchrl_recall.loss import BacktrackLoss, RecallTraceLoss
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.observation import ObservationCodec
@@ -38,7 +39,7 @@ class Settings:
     """What all methods share, and the few numbers of recall traces."""
 
     size: int = 15
-    start: str = "fixed"
+    start: Start = "fixed"
     steps: int = 200_000
     device: str = "cpu"
     num_envs: int = 16
@@ -220,9 +221,9 @@ def train(
         if recall is not None:
             recall.observe(data)
             for _ in range(settings.imitation_updates):
-                sample = recall.sample()
-                a2c.step(recall.recall_loss(sample))
-            traces[1:] = [drawable(steps[-1] + data.numel(), sample["trace"])]
+                trace = recall.sample().select("trace")
+                a2c.step(recall.recall_loss(trace))
+                traces[1:] = [(steps[-1] + data.numel(), *drawable(trace))]
         steps.append(steps[-1] + data.numel())
         success.append(evaluate(env, a2c.actor))
         if progress is not None:
@@ -244,11 +245,12 @@ def train(
     }
 
 
-def drawable(step: int, trace: TensorDictBase) -> tuple[int, np.ndarray, np.ndarray]:
+def drawable(sample: TensorDictBase) -> tuple[np.ndarray, np.ndarray]:
     """Return the states of traces, oldest first and the goal last, and which steps are kept."""
-    last = trace["next", "observation"][:, -1:]
-    states = torch.cat([trace["observation"], last], 1)
-    return step, states.cpu().numpy(), trace["collector", "mask"].cpu().numpy()
+    observation = sample["trace", "observation"]
+    last = sample["trace", "next", "observation"][:, -1:]
+    kept = sample["trace", "collector", "mask"]
+    return torch.cat([observation, last], 1).cpu().numpy(), kept.cpu().numpy()
 
 
 @torch.no_grad()
