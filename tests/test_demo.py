@@ -20,14 +20,6 @@ SMALL = Settings(size=7, steps=512, num_cells=(16,))
 KEYS = {"method", "seed", "goal_known", "steps", "success", "t90", "wall_s"}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_says_what_it_promises_and_repeats_itself(method):
     first, second = train(method, 3, SMALL), train(method, 3, SMALL)

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import warnings
 from copy import deepcopy
 
 import pytest
 import torch
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
+from torchrl.collectors import Collector
 from torchrl.data import (
     LazyTensorStorage,
     PrioritizedSampler,
@@ -33,15 +33,9 @@ from torchrl_recall import (
 )
 from torchrl_recall.envs import FourRoomsEnv
 
-with warnings.catch_warnings():
-    # TorchRL warns of a deprecated class of its own when its collectors are imported.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from torchrl.collectors import Collector
-
 
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
@@ -81,9 +75,9 @@ def ppo(env, actor, critic, *, prefetch=None, total_frames=256):
             recall_buffer.extend(data.reshape(-1))  # recall
             for batch in data.reshape(-1).split(64):
                 losses = ppo_loss(batch)
-                losses.update(model_loss(batch)).update(
+                losses.update(model_loss(batch)).update(  # recall
                     recall_loss(recall_buffer.sample())
-                )  # recall
+                )
                 loss = sum(v for k, v in losses.items() if k.startswith("loss_"))
                 optimizer.zero_grad()
                 loss.backward()
@@ -92,7 +86,7 @@ def ppo(env, actor, critic, *, prefetch=None, total_frames=256):
     return log
 
 
-def sac(env, actor, critic, value, replay, *, generator, prefetch=None, total_frames=256):
+def sac(env, actor, critic, value, replay, *, generator, total_frames=256):
     """SAC off-policy: the recall buffer is a second view on the learner's data."""
     sac_loss = SACLoss(actor, critic, value, target_entropy=-1.0)
     updater = SoftUpdate(sac_loss, tau=0.005)
@@ -104,7 +98,6 @@ def sac(env, actor, critic, value, replay, *, generator, prefetch=None, total_fr
         sampler=ValuePrioritizedSampler(1_000),
         transform=BacktrackTransform(model, num_steps=4),
         batch_size=16,
-        prefetch=prefetch,
     )
     model_loss, recall_loss = BacktrackLoss(model), RecallTraceLoss(actor)  # recall
     optimizer = torch.optim.Adam([*sac_loss.parameters(), *model.parameters()], lr=1e-3)
@@ -237,12 +230,15 @@ def test_sac(name, prioritized, prefetch, watch):
     value = ValueOperator(MLP(size, 1, num_cells=[16]))
     generator = torch.Generator().manual_seed(0)
     options = {"storage": LazyTensorStorage(1_000), "batch_size": 32, "generator": generator}
+    # Only the learner's buffer may prefetch: each buffer has a lock of its own, and the recall
+    # view's would not keep it from reading the shared storage while that is extended.
+    options["prefetch"] = prefetch
     if prioritized:
         replay = TensorDictPrioritizedReplayBuffer(alpha=0.6, beta=0.4, **options)
     else:
         replay = TensorDictReplayBuffer(**options)
     before = deepcopy([actor, value])
-    log = sac(env, actor, critic, value, replay, generator=generator, prefetch=prefetch)
+    log = sac(env, actor, critic, value, replay, generator=generator)
     names = {"loss_actor", "loss_qvalue", "loss_value", "loss_alpha"}
     watch.check(log, names, (before[0], actor), (before[1], value))
     assert "trace" not in replay.sample()

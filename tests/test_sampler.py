@@ -42,7 +42,6 @@ modes = pytest.mark.parametrize(("parameters", "weights"), MODES.values(), ids=M
 
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

@@ -36,7 +36,6 @@ PARAMETERS = {
 
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

@@ -1,0 +1,50 @@
+"""What the README shows is what the tests run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_snippets_are_the_integration_tests():
+    source = (ROOT / "tests" / "test_integration.py").read_text()
+    assert len(SNIPPETS) == 2
+    for snippet in SNIPPETS:
+        assert snippet.strip() in source
+
+
+def test_a_snippet_adds_five_lines():
+    for snippet in SNIPPETS:
+        assert len(re.findall("# recall", snippet)) == 5
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
+def test_links_lead_somewhere(path):
+    assert (ROOT / path).exists()
+
+
+def test_there_are_exactly_two_setup_commands():
+    commands = re.findall(r"<!-- ci: (\w+) -->\n```bash\n(.+)\n```", README)
+    assert [name for name, _ in commands] == ["demo", "test"]
+    assert all("python3 -m venv .venv && .venv/bin/pip install" in text for _, text in commands)
+
+
+def test_help_is_quick_to_read():
+    out = subprocess.run(
+        [sys.executable, "-m", "torchrl_recall", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    ).stdout
+    options = ["size", "start", "seeds", "first-seed", "methods", "steps", "device", "out"]
+    for option in options:
+        assert f"--{option}" in out
