@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torchrl.data import Unbounded
+from tensordict import TensorDict
+from torchrl.data import MultiCategorical, Unbounded
 from trace_data import ACTIONS, F32, make_model, make_noise, make_start, randn
 
-from torchrl_recall import BacktrackModel, sample_traces
+from torchrl_recall import BacktrackModel, BacktrackTransform, sample_traces
 from torchrl_recall.traces.masks import last_visit
 
 
@@ -127,3 +128,36 @@ def test_an_action_can_overflow_before_the_state_does(backend):
     assert trace["next", "observation"][0, 3:, 0].tolist() == pytest.approx([10, 5, 0], abs=0.5)
     for key, value in trace.items(True, True):
         assert bool(torch.isfinite(value).all()), key
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+def test_a_dead_end_ends_the_trace(backend):
+    # Nothing leads to (2, 2) by a step up or left; from (0, 0) back it takes four to get there.
+    support = torch.tensor([[0, 1], [1, 0]])
+    model = BacktrackModel(MultiCategorical([3, 3]), 2, delta_support=support, num_cells=(8,))
+    start = torch.tensor([[2, 2], [0, 0]])
+    trace = sample_traces(model, start, num_steps=6, backend=backend)
+    assert trace["collector", "mask"].tolist() == [[False] * 6, [False] * 2 + [True] * 4]
+    assert (trace["observation"][0] == 2).all()
+    assert (trace["observation"][1, :3] == 2).all()
+    assert all(
+        bool(torch.isfinite(x).all()) for x in trace.values(True, True) if x.is_floating_point()
+    )
+
+
+@pytest.mark.parametrize("observation", [3, MultiCategorical([3, 3])])
+def test_a_model_of_nan_is_refused(observation):
+    model = BacktrackModel(observation, 2, num_cells=(8,))
+    model.delta_network[0].weight.data.fill_(torch.nan)
+    start = model.observation.restore(torch.zeros_like(model.observation.low).expand(2, -1))
+    with pytest.raises(ValueError, match="model gives NaN"):
+        sample_traces(model, start, num_steps=2)
+
+
+def test_a_model_elsewhere_is_refused():
+    model = BacktrackModel(3, 2, num_cells=(8,), device="meta")
+    with pytest.raises(ValueError, match=r"next_observation is on device cpu.*meta"):
+        sample_traces(model, torch.zeros(2, 3), num_steps=2)
+    batch = TensorDict({"next": {"observation": torch.zeros(2, 3)}}, [2])
+    with pytest.raises(ValueError, match=r"observation.*is on device cpu.*meta"):
+        BacktrackTransform(model, num_steps=2)(batch)

@@ -166,13 +166,15 @@ def _continuous_head(action, log_scale_range, dtype, device) -> NormalHead | Tan
     size = action.shape.numel()
     if isinstance(action, Unbounded):
         return NormalHead(size, log_scale_range, dtype=dtype, device=device)
-    low = action.space.low.reshape(-1).to(dtype=dtype, device=device)
-    high = action.space.high.reshape(-1).to(dtype=dtype, device=device)
+    low, high = (
+        bound.reshape(-1).to(dtype=dtype, device="cpu")
+        for bound in (action.space.low, action.space.high)
+    )
     finite = torch.isfinite(low) & torch.isfinite(high)
     if bool(finite.all()):
         if bool((low >= high).any()):
             raise ValueError(f"action has low >= high: {low.tolist()} and {high.tolist()}.")
-        return TanhNormalHead(low, high, log_scale_range)
+        return TanhNormalHead(low.to(device), high.to(device), log_scale_range)
     if bool((torch.isinf(low) & torch.isinf(high)).all()):
         return NormalHead(size, log_scale_range, dtype=dtype, device=device)
     raise ValueError(

@@ -228,6 +228,8 @@ class SupportDelta(CategoricalHead):
         super().__init__(len(support))
         self.tolerance = 0.0 if codec.is_discrete else 1e-4
         self.register_buffer("support", support)
+        # Staying put never leaves the spec.
+        self.has_dead_ends = support.is_meta or not bool((support == 0).all(-1).any())
         self.register_buffer("low", codec.low - self.tolerance)
         self.register_buffer("high", codec.high + self.tolerance)
 
@@ -237,10 +239,7 @@ class SupportDelta(CategoricalHead):
 
     def dead_end(self, next_state: Tensor) -> Tensor | None:
         """Return ``[*B]`` bool, where nothing can have come before; None if there is no such."""
-        # Staying put never leaves the spec.
-        if bool((self.support == 0).all(-1).any()):
-            return None
-        return ~self._inside(next_state).any(-1)
+        return ~self._inside(next_state).any(-1) if self.has_dead_ends else None
 
     def logits(self, parameters: Tensor, next_state: Tensor) -> Tensor:
         """Return the logits with displacements that leave the spec at minus infinity."""
@@ -260,11 +259,13 @@ class SupportDelta(CategoricalHead):
     ) -> tuple[Tensor, Tensor]:
         """Return a predecessor of ``next_state``, itself at a dead end, and its log-probability."""
         index, log_prob = self.sample(self.logits(parameters, next_state), noise)
+        return self.displace(next_state, index), log_prob
+
+    def displace(self, next_state: Tensor, index: Tensor) -> Tensor:
+        """Return the predecessor by displacement ``index``; a dead end stays where it is."""
         state = next_state + self.support[index]
         dead = self.dead_end(next_state)
-        if dead is not None:
-            state = torch.where(dead.unsqueeze(-1), next_state, state)
-        return state, log_prob
+        return state if dead is None else torch.where(dead.unsqueeze(-1), next_state, state)
 
 
 class ClassDelta(CategoricalHead):

@@ -119,7 +119,7 @@ class BacktrackTransform(Transform):
         self.min_value = min_value
         if generator is None:
             seed = int(torch.empty((), dtype=torch.int64).random_())
-            generator = torch.Generator(model.device).manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed)
         elif not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
         else:

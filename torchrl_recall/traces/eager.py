@@ -62,13 +62,12 @@ def unsupported(model: BacktrackModel) -> str | None:
 class EagerWalk:
     """A model packed for walking; call it with starts and noise, tile by tile.
 
-    Neither packing nor walking records gradients.
+    Pack and walk under `torch.no_grad`, as `sample_traces` does.
 
     Args:
         model (BacktrackModel): a model for which `unsupported` finds no reason.
     """
 
-    @torch.no_grad()
     def __init__(self, model: BacktrackModel) -> None:
         self.codec = model.observation
         self.action_head: Head = model.action.head
@@ -110,7 +109,6 @@ class EagerWalk:
         self.first_weight = weight
         self.widths = [len(b) for _, b in layers]
 
-    @torch.no_grad()
     def __call__(self, start: Tensor, noise: TraceNoise) -> Walk:
         """Walk one tile backwards.
 
@@ -315,7 +313,7 @@ class _ClassDeltas(_Classes):
         logits = self.parameters_at[t]
         if isinstance(self.head, SupportDelta):
             index = self.sample(t, self.head.logits(logits, state))
-            torch.add(state, self.head.support[index], out=before)
+            before.copy_(self.head.displace(state, index))
         else:
             before.copy_(self.codec.from_joint_index(self.sample(t, logits)))
 

@@ -13,7 +13,7 @@ from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
 from torchrl_recall.checks import check_at_least_one, check_device
-from torchrl_recall.heads import CategoricalHead
+from torchrl_recall.heads import CategoricalHead, SupportDelta
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.traces.eager import EagerWalk, unsupported
 from torchrl_recall.traces.masks import last_visit as last_visit_mask
@@ -166,8 +166,7 @@ class _Columns:
     def write(self, low: int, walk: Walk) -> None:
         """Copy a tile into its rows."""
         rows = slice(low, low + walk.states.shape[1])
-        if not self.is_discrete:
-            walk = self._finite(walk)
+        walk = self._finite(walk)
         self.state[rows] = walk.states[:-1].transpose(0, 1)
         self.next_state[rows] = walk.states[1:].transpose(0, 1)
         self.action[rows] = walk.actions.transpose(0, 1)
@@ -175,6 +174,10 @@ class _Columns:
         self.delta_log_prob[rows] = walk.delta_log_prob.t()
         if walk.alive is not None:
             self.mask[rows] = walk.alive.t()
+        if isinstance(self.model.delta_head, SupportDelta):
+            dead = self.model.delta_head.dead_end(walk.states[1:])
+            if dead is not None:
+                self.mask[rows] &= _since_start(~dead).t()
         if self.last_visit:
             self.mask[rows] &= last_visit_mask(walk.states.transpose(0, 1))
 
@@ -192,7 +195,12 @@ class _Columns:
         zero = walk.action_log_prob.new_zeros(())
         if actions.is_floating_point():
             kept &= torch.isfinite(actions).all(-1)
-        kept = kept.flip(0).int().cumprod(0).flip(0).bool()
+        if walk.states.is_cpu and not bool(kept[-1].any()):
+            raise ValueError(
+                "model gives NaN or infinite numbers for every step back from finite states; "
+                "expected finite parameters and statistics."
+            )
+        kept = _since_start(kept)
         if actions.is_floating_point():
             actions = torch.where(kept.unsqueeze(-1), actions, zero)
         alive = kept if walk.alive is None else walk.alive & kept
@@ -227,3 +235,8 @@ class _Columns:
         for key, value in following.items():
             out.set(("next", *key) if isinstance(key, tuple) else ("next", key), value)
         return out
+
+
+def _since_start(good: Tensor) -> Tensor:
+    """Keep a step, ``[T, n]``, only if it and all that the walk made before it are good."""
+    return good.flip(0).int().cumprod(0).flip(0).bool()
