@@ -48,11 +48,12 @@ def sample_index(logits: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         Tensor: ``[*B]`` int64 class indices.
     """
-    cumulative = torch.softmax(logits, -1).cumsum(-1)
+    # Classes first: torch vectorises over what follows, and there may be very few of them.
+    columns = logits.movedim(-1, 0)
+    cumulative = (columns - columns.amax(0)).exp_().cumsum(0)
     # Just below the total, so that rounding never lands behind the last possible class.
-    threshold = uniform.unsqueeze(-1) * cumulative[..., -1:]
-    threshold = threshold * (1 - torch.finfo(logits.dtype).eps)
-    return (cumulative <= threshold).sum(-1)
+    threshold = uniform * cumulative[-1] * (1 - torch.finfo(logits.dtype).eps)
+    return (cumulative <= threshold).sum(0)
 
 
 class GaussianHead(nn.Module):

@@ -148,7 +148,10 @@ def draw(runs: Sequence[dict[str, Any]], walls: np.ndarray, budget: int, path: P
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    traced = [run for run in runs if run.get("traces")]
+    # Best those that lead to the goal from the beginning.
+    traced = sorted(
+        (run for run in runs if run.get("traces")), key=lambda run: not run["goal_known"]
+    )
     shown = traced[0]["traces"] if traced else []
     figure, axes = plt.subplots(
         1, 1 + len(shown), figsize=(6.5 + 3.6 * len(shown), 4), layout="constrained", squeeze=False
@@ -161,7 +164,7 @@ def draw(runs: Sequence[dict[str, Any]], walls: np.ndarray, budget: int, path: P
     if shown:
         label = LABELS[traced[0]["method"]]
         axes[0, 1].set_xlabel(
-            f"{label},\nseed {traced[0]['seed']}; dark = near the goal", fontsize=8
+            f"{label},\nseed {traced[0]['seed']}; dark = near the star", fontsize=8
         )
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -181,7 +184,7 @@ def _draw_curves(axis: Any, runs: Sequence[dict[str, Any]], budget: int) -> None
     axis.axhline(0.9, color="black", linewidth=0.5)
     axis.set(xscale="log", xlabel="environment steps", ylabel="exact success probability")
     axis.set_title("mean over seeds, 95 % bands", fontsize=10)
-    axis.legend(fontsize=7, loc="upper left")
+    axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def draw_traces(axis: Any, walls: np.ndarray, states: np.ndarray, mask: np.ndarray) -> None:
@@ -206,6 +209,6 @@ def draw_traces(axis: Any, walls: np.ndarray, states: np.ndarray, mask: np.ndarr
         (y0, x0), (y1, x1) = places[n, t], places[n, t + 1]
         age = (num_steps - 1 - t) / num_steps
         axis.plot([x0, x1], [y0, y1], color=plt.get_cmap("viridis")(age), linewidth=1)
-    goal = states[0, -1]
-    axis.plot(goal[1], goal[0], marker="*", color="#D55E00", markersize=12)
+    ends = np.unique(states[:, -1], axis=0)
+    axis.plot(ends[:, 1], ends[:, 0], "*", color="#D55E00", markersize=12)
     axis.set(xticks=[], yticks=[])

@@ -41,10 +41,11 @@ def draw_noise(
     Returns:
         TraceNoise: the noise, in the model's dtype and on its device.
     """
+    dtype, device = model.dtype, model.device
 
     def draw(kind: str, *shape: int) -> Tensor:
         function = torch.randn if kind == "normal" else torch.rand
-        return function(*shape, generator=generator, dtype=model.dtype, device=model.device)
+        return function(*shape, generator=generator, dtype=dtype, device=device)
 
     stop = draw("uniform", num_steps, num_rows) if model.has_stop else None
     action_head, delta_head = model.action.head, model.delta_head

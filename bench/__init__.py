@@ -1,0 +1,1 @@
+"""Speed against peers: `pytest bench/`, then `python -m bench.report`."""
