@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from torchrl_recall.demo.report import table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,6 +27,12 @@ def test_the_snippets_are_the_integration_tests():
 def test_a_snippet_adds_five_lines():
     for snippet in SNIPPETS:
         assert len(re.findall("# recall", snippet)) == 5
+
+
+@pytest.mark.parametrize("size", [15, 19])
+def test_the_tables_are_drawn_from_the_committed_results(size):
+    runs = json.loads((ROOT / f"bench/results/four_rooms_{size}/results.json").read_text())
+    assert table(runs, 200_000) in README
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))

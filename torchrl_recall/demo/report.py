@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -212,3 +213,16 @@ def draw_traces(axis: Any, walls: np.ndarray, states: np.ndarray, mask: np.ndarr
     ends = np.unique(states[:, -1], axis=0)
     axis.plot(ends[:, 1], ends[:, 0], "*", color="#D55E00", markersize=12)
     axis.set(xticks=[], yticks=[])
+
+
+def main() -> None:
+    """Print the table of a committed ``results.json``: ``python -m torchrl_recall.demo.report``."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path, help="folder with results.json")
+    parser.add_argument("--steps", type=int, default=200_000, help="budget of a run (200000)")
+    options = parser.parse_args()
+    print(table(json.loads((options.folder / "results.json").read_text()), options.steps))
+
+
+if __name__ == "__main__":
+    main()
