@@ -311,21 +311,30 @@ class TestContract:
 
 
 class TestErrors:
-    @pytest.mark.parametrize("size", [3, 8, 15.0, -5])
-    def test_size(self, size):
-        with pytest.raises(ValueError, match=r"size must be an odd integer.*got "):
+    @pytest.mark.parametrize(
+        ("size", "error", "message"),
+        [
+            (3, ValueError, "size must be an odd integer of at least 5, got 3"),
+            (8, ValueError, "size must be an odd integer of at least 5, got 8"),
+            (-5, ValueError, "size must be at least 1, got -5"),
+            (15.0, TypeError, "size must be an int of at least 1, got float 15.0"),
+        ],
+    )
+    def test_size(self, size, error, message):
+        with pytest.raises(error, match=message):
             FourRoomsEnv(size)
 
     @pytest.mark.parametrize(
         ("kwargs", "message"),
         [
             ({"start": "goal"}, "start must be one of .*got 'goal'"),
-            ({"slip": 1.5}, "slip must be a probability .*got 1.5"),
-            ({"slip": float("nan")}, "slip must be a probability .*got nan"),
-            ({"max_steps": 0}, "max_steps must be a positive integer.*got 0"),
-            ({"max_steps": "never"}, "max_steps must be a positive integer.*got 'never'"),
+            ({"slip": 1.5}, r"slip must lie in \[0.0, 1.0\], got 1.5"),
+            ({"slip": float("nan")}, r"slip must lie in \[0.0, 1.0\], got nan"),
+            ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+            ({"max_steps": "never"}, "max_steps must be an int of at least 1, got str never"),
+            ({"max_steps": True}, "max_steps must be an int of at least 1, got bool True"),
         ],
     )
     def test_others(self, kwargs, message):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             FourRoomsEnv(5, **kwargs)

@@ -46,7 +46,7 @@ def test_there_are_exactly_two_setup_commands():
     assert all("python3 -m venv .venv && .venv/bin/pip install" in text for _, text in commands)
 
 
-def test_help_is_quick_to_read():
+def test_help_names_every_option():
     out = subprocess.run(
         [sys.executable, "-m", "torchrl_recall", "--help"],
         capture_output=True,

@@ -167,7 +167,7 @@ def test_missing_output_is_named():
 
 @pytest.mark.parametrize("gamma", [-0.1, 1.1, math.nan])
 def test_gamma_out_of_range(gamma):
-    with pytest.raises(ValueError, match="gamma must be in"):
+    with pytest.raises(ValueError, match="gamma must lie in"):
         transition_value(transitions(3), Critic(), gamma=gamma)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from torchrl_recall.demo import METHODS
+
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
@@ -18,14 +20,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
         return value
 
-    # Spelt out here too, so that --help does not wait for torch.
-    methods = ("a2c", "a2c_sil", "recall_found", "recall_known")
     parser = argparse.ArgumentParser(prog="python -m torchrl_recall", description=__doc__)
     parser.add_argument("--size", type=int, default=15, help="side of the maze, odd (15)")
     parser.add_argument("--start", choices=("fixed", "room", "any"), default="fixed")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs a method (3)")
     parser.add_argument("--first-seed", type=int, default=0, metavar="K")
-    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument(
         "--steps", type=positive, default=200_000, help="environment steps of a run (200000)"
     )

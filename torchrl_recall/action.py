@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
@@ -44,7 +46,7 @@ class ActionCodec(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(action, int):
+        if isinstance(action, Integral):
             action = Bounded(
                 -1.0, 1.0, torch.Size([check_at_least_one("action", action)]), dtype=dtype
             )

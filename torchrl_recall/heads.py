@@ -8,7 +8,7 @@ the trace sampler gives the same numbers for the same noise.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ def bounded_log_scale(raw: Tensor, interval: tuple[float, float]) -> Tensor:
 
 def normal_log_prob(noise: Tensor, log_scale: Tensor) -> Tensor:
     """Log-density of ``loc + exp(log_scale) * noise``, summed over the last dimension."""
-    return -(0.5 * noise.square() + log_scale + LOG_SQRT_2_PI).sum(-1)
+    energy = torch.addcmul(log_scale, noise, noise, value=0.5)
+    return -noise.shape[-1] * LOG_SQRT_2_PI - energy.sum(-1)
 
 
 def tanh_log_jacobian(pre: Tensor) -> Tensor:
@@ -95,7 +96,6 @@ class NormalHead(GaussianHead):
     Args:
         size (int): number of values.
         log_scale_range (tuple of float): bounds of the log-scale, in normalised units.
-        floor (float): smallest unit of normalisation.
         dtype (torch.dtype): dtype of the statistics.
         device (torch.device, optional): device of the statistics.
     """
@@ -105,12 +105,11 @@ class NormalHead(GaussianHead):
         size: int,
         log_scale_range: tuple[float, float],
         *,
-        floor: float = 1e-6,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(size, log_scale_range)
-        self.normalizer = RunningNormalizer(size, floor, dtype=dtype, device=device)
+        self.normalizer = RunningNormalizer(size, 1e-6, dtype=dtype, device=device)
 
     def features(self, value: Tensor) -> Tensor:
         """Return the value as the delta network sees it."""
@@ -276,16 +275,10 @@ class ClassDelta(CategoricalHead):
         codec (ObservationCodec): numbers the states.
     """
 
-    if TYPE_CHECKING:
-
-        @property
-        def codec(self) -> ObservationCodec:
-            """Numbers the states."""
-            ...
+    codec: ObservationCodec
 
     def __init__(self, codec: ObservationCodec) -> None:
         super().__init__(codec.num_states)
-        self.cardinality = tuple(codec.cardinality)
         # Shared with the model, not owned: a submodule would be saved twice.
         self.__dict__["codec"] = codec
 

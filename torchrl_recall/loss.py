@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams, unravel_key
@@ -112,39 +113,22 @@ class BacktrackLoss(LossModule):
         self._tensor_keys = self.default_keys()
         terms = ["action", "delta", *(["stop"] if model.has_stop else [])]
         self.out_keys = ["loss_backtrack", *(f"backtrack_{term}_log_prob" for term in terms)]
-        self._in_keys: list[NestedKey] | None = None
+        self._set_in_keys()
 
-    def _forward_value_estimator_keys(self, **kwargs) -> None:
-        pass
-
-    def set_keys(self, **kwargs) -> None:
-        """Set the names of entries; see ``_AcceptedKeys``."""
-        super().set_keys(**kwargs)
+    def _set_in_keys(self) -> None:
+        """Follow ``set_keys``, which calls this."""
         keys = self._observation_keys
         expected = len(self.model.observation_keys)
         if len(keys) != expected:
             raise ValueError(f"observation must name {expected} keys, got {keys}.")
-        self._in_keys = None
+        following = [unravel_key(("next", key)) for key in keys]
+        stop = [self.tensor_keys.is_init] if self.model.has_stop else []
+        self.in_keys: Any = [*keys, self.tensor_keys.action, *following, *stop]
 
     @property
     def _observation_keys(self) -> list[NestedKey]:
         keys = self.tensor_keys.observation
         return list(keys) if isinstance(keys, list) else [keys]
-
-    @property
-    def in_keys(self) -> list[NestedKey]:  # pyright: ignore
-        """The entries that the loss reads."""
-        if self._in_keys is None:
-            keys = self._observation_keys
-            following = [unravel_key(("next", key)) for key in keys]
-            self._in_keys = [*keys, self.tensor_keys.action, *following]
-            if self.model.has_stop:
-                self._in_keys.append(self.tensor_keys.is_init)
-        return self._in_keys
-
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:  # pyright: ignore
-        self._in_keys = values
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -302,29 +286,16 @@ class RecallTraceLoss(LossModule):
         self.register_coeff_buffer("backtrack_coeff", float(backtrack_coeff))
         fitted = [] if self.backtrack is None else self.backtrack.out_keys
         self.out_keys: list[NestedKey] = ["loss_imitation", "trace_kept", "trace_log_prob", *fitted]
-        self._in_keys: list[NestedKey] | None = None
+        self._set_in_keys()
 
-    def _forward_value_estimator_keys(self, **kwargs) -> None:
-        pass
-
-    def set_keys(self, **kwargs) -> None:
-        """Set the names of entries; see ``_AcceptedKeys``."""
-        super().set_keys(**kwargs)
-        self._in_keys = None
-
-    @property
-    def in_keys(self) -> list[NestedKey]:  # pyright: ignore
-        """The entries that the loss reads."""
-        if self._in_keys is None:
-            names = dict.fromkeys([*self.actor_network.in_keys, self.tensor_keys.action])
-            self._in_keys = [unravel_key((self.tensor_keys.trace, name)) for name in names]
-            if self.backtrack is not None:
-                self._in_keys += self.backtrack.in_keys
-        return self._in_keys
-
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:  # pyright: ignore
-        self._in_keys = values
+    def _set_in_keys(self) -> None:
+        """Follow ``set_keys``, which calls this."""
+        names = dict.fromkeys([*self.actor_network.in_keys, self.tensor_keys.action])
+        fitted = [] if self.backtrack is None else self.backtrack.in_keys
+        self.in_keys: Any = [
+            *(unravel_key((self.tensor_keys.trace, name)) for name in names),
+            *fitted,
+        ]
 
     def reset_parameters_recursive(self) -> None:
         """Draw new parameters for the actor, and for the model if there is one."""

@@ -98,6 +98,8 @@ class BacktrackModel(TensorDictModuleBase):
             dtypes = [getattr(spec, "dtype", None) for spec in observations.values()]
             floating = [d for d in dtypes if d is not None and d.is_floating_point]
             dtype = floating[0] if floating else torch.get_default_dtype()
+        if not isinstance(num_cells, Sequence):
+            raise TypeError(f"num_cells must be a sequence of widths, got {num_cells!r}.")
         num_cells = [check_at_least_one("num_cells", width) for width in num_cells]
         action_range = check_interval("action_log_scale_range", action_log_scale_range)
         delta_range = check_interval("delta_log_scale_range", delta_log_scale_range)
@@ -374,8 +376,8 @@ class BacktrackModel(TensorDictModuleBase):
             tensordict.set(("backtrack", f"{name}_log_prob"), value)
         return tensordict
 
-    def reset_parameters_recursive(self, *args: Any, **kwargs: Any) -> None:
-        """Draw new parameters for all networks."""
+    def reset_parameters_recursive(self) -> None:  # pyright: ignore
+        """Draw new parameters for all networks; the running statistics stay."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class ObservationCodec(nn.Module):
             self.normalizer = RunningNormalizer(self.size, dtype=dtype, device=device)
 
     def _add(self, key: NestedKey, observation: Any, dtype, low: list, high: list) -> None:
-        if isinstance(observation, int):
+        if isinstance(observation, Integral):
             size = check_at_least_one(f"observation[{key!r}]", observation)
             observation = Unbounded(torch.Size([size]))
         shape = torch.Size(getattr(observation, "shape", ()))

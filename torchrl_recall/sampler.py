@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import numbers
 import warnings
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchrl.data import PrioritizedSampler
 
+from torchrl_recall.checks import check_at_least_one
 from torchrl_recall.priority_arguments import REDUCTIONS, flat_index, paired_values, selected_values
 from torchrl_recall.value_weights import DrawTable, checked_parameter, value_weights
 
@@ -133,10 +133,6 @@ class ValuePrioritizedSampler(PrioritizedSampler):
     ) -> None:
         # PrioritizedSampler.__init__ would build the trees of TorchRL's extension.
         super(PrioritizedSampler, self).__init__()
-        if isinstance(max_capacity, bool) or not isinstance(max_capacity, numbers.Integral):
-            raise TypeError(f"max_capacity must be an int, got {max_capacity!r}")
-        if max_capacity < 1:
-            raise ValueError(f"max_capacity must be at least 1, got {max_capacity}")
         if dtype not in _DTYPES.values():
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         if reduction not in REDUCTIONS:
@@ -144,7 +140,7 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         given = {"mode": mode, "top": top, "temperature": temperature, "min_value": min_value}
         given |= {"alpha": alpha, "beta": beta, "eps": eps}
         self._parameters = {name: checked_parameter(name, value) for name, value in given.items()}
-        self._max_capacity = int(max_capacity)
+        self._max_capacity = check_at_least_one("max_capacity", max_capacity)
         self.dtype = dtype
         self.reduction = reduction
         self._device = None if device is None else torch.device(device)
@@ -158,17 +154,9 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         self._values = torch.full((self._max_capacity,), _NO_VALUE, dtype=self.dtype, device=device)
         self._changes += 1
 
-    def _empty(self) -> None:
-        self._init()
-
     def __repr__(self) -> str:
         parameters = ", ".join(f"{name}={value!r}" for name, value in self._parameters.items())
         return f"{type(self).__name__}(max_capacity={self._max_capacity}, {parameters})"
-
-    @property
-    def max_size(self) -> int:
-        """Number of entries there is room for."""
-        return self._max_capacity
 
     @property
     def device(self) -> torch.device:

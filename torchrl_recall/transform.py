@@ -94,8 +94,8 @@ class BacktrackTransform(Transform):
     ) -> None:
         if not isinstance(model, BacktrackModel):
             raise TypeError(f"model must be a BacktrackModel, got {type(model).__name__}.")
-        in_keys = model.next_observation_keys if in_keys is None else list(in_keys)
-        out_keys = ["trace"] if out_keys is None else list(out_keys)
+        in_keys = model.next_observation_keys if in_keys is None else _as_list(in_keys)
+        out_keys = ["trace"] if out_keys is None else _as_list(out_keys)
         if len(in_keys) != len(model.observation_keys):
             raise ValueError(
                 f"in_keys {in_keys} must match the model's {model.observation_keys} one for one."
@@ -204,11 +204,6 @@ class BacktrackTransform(Transform):
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
         return next_tensordict
 
-    def _reset(
-        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
-    ) -> TensorDictBase:
-        return tensordict_reset
-
     def transform_output_spec(self, output_spec: Any) -> Any:
         """Leave the environment's specs as they are: there the transform does nothing."""
         return output_spec
@@ -219,7 +214,7 @@ class BacktrackTransform(Transform):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the state of the generator."""
-        self.generator.set_state(state.cpu())
+        self._generator().set_state(state.cpu())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BacktrackTransform:
         _refuse_async_collector()
@@ -229,7 +224,13 @@ class BacktrackTransform(Transform):
         return new
 
 
+def _as_list(keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
+    """Return keys as a list; one string is one key, as in TorchRL."""
+    return [keys] if isinstance(keys, str) else list(keys)
+
+
 def _refuse_async_collector() -> None:
+    # Nothing public tells that collector's copy from any other.
     frame = sys._getframe(2)
     while frame is not None:
         if frame.f_globals.get("__name__", "").endswith("collectors._multi_async"):

@@ -13,6 +13,8 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer, Storage
 
+from torchrl_recall.checks import check_at_least_one, check_real
+
 # Bounds the activations of the value network, whatever the size of the storage.
 _DEFAULT_CHUNK = 65_536
 
@@ -64,12 +66,10 @@ def transition_value(
         >>> transition_value(TensorDict({"next": after}, [2]), critic, gamma=0.5)
         tensor([2.5000, 1.0000])
     """
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must be in [0, 1], got {gamma}")
+    gamma = check_real("gamma", gamma, 0.0, 1.0)
     if chunk_size is None:
         chunk_size = _DEFAULT_CHUNK
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size}")
+    chunk_size = check_at_least_one("chunk_size", chunk_size)
     source: Any = data.storage if isinstance(data, ReplayBuffer) else data
     if isinstance(source, Storage):
         stored: Any = source
@@ -115,7 +115,7 @@ def _entry(data: TensorDictBase, key: NestedKey) -> Tensor:
 def _one_each(data: TensorDictBase, key: NestedKey) -> Tensor:
     """Read an entry as ``[*B]``."""
     value = _entry(data, key)
-    if value.numel() != data.numel():
+    if value.numel() != data.shape.numel():
         batch = tuple(data.batch_size)
         raise ValueError(
             f"{key!r} must hold one number per transition, {batch} or {(*batch, 1)}, got shape "

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from torchrl_recall.demo import SOLVED
+
 LABELS = {
     "a2c": "A2C",
     "a2c_sil": "A2C + SIL",
@@ -94,8 +96,9 @@ def table(runs: Sequence[dict[str, Any]], budget: int) -> str:
     """
     methods = [method for method in LABELS if any(run["method"] == method for run in runs)]
     width = max(len(LABELS[method]) for method in methods)
+    title = f"environment steps to {SOLVED} exact success"
     lines = [
-        f"{'environment steps to 0.9 exact success':{width}}  {'mean ± 95 %':>18}  {'solved':>7}  "
+        f"{title:{width}}  {'mean ± 95 %':>18}  {'solved':>7}  "
         f"{'A2C / this [95 %]':>20}  {'s/run':>6}"
     ]
     base = costs(runs, "a2c", budget)
@@ -182,7 +185,7 @@ def _draw_curves(axis: Any, runs: Sequence[dict[str, Any]], budget: int) -> None
         spread = np.nan_to_num(half_width(curves))
         low, high = (mean - spread).clip(0, 1), (mean + spread).clip(0, 1)
         axis.fill_between(grid, low, high, color=colour, alpha=0.15, linewidth=0)
-    axis.axhline(0.9, color="black", linewidth=0.5)
+    axis.axhline(SOLVED, color="black", linewidth=0.5)
     axis.set(xscale="log", xlabel="environment steps", ylabel="exact success probability")
     axis.set_title("mean over seeds, 95 % bands", fontsize=10)
     axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))

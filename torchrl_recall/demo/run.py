@@ -65,7 +65,7 @@ def _start_worker(queue: Any) -> None:
 def _run(method: str, seed: int, settings: Settings) -> dict[str, Any]:
     done = 0
 
-    def progress(steps: int, success: float) -> None:
+    def progress(steps: int) -> None:
         nonlocal done
         if steps - done >= CHUNK:
             _queue.put(steps - done)

@@ -60,7 +60,7 @@ class SelfImitation:
                     }
                 )
             )
-            self.buffer.sampler.update_priority(batch["index"].cpu(), gap.detach().cpu())
+            self.buffer.update_tensordict_priority(batch.set("priority", gap.detach()).cpu())
 
     def _record(self, step: TensorDictBase) -> None:
         rows = torch.arange(len(self.length))

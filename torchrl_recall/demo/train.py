@@ -21,6 +21,7 @@ from torchrl.modules import MLP, ProbabilisticActor, ValueOperator
 from torchrl.objectives import A2CLoss
 from torchrl.objectives.value import GAE
 
+from torchrl_recall.demo import METHODS, SOLVED
 from torchrl_recall.demo.sil import SelfImitation
 from torchrl_recall.envs import FourRoomsEnv, start_success
 from torchrl_recall.envs.four_rooms import Start
@@ -29,9 +30,6 @@ from torchrl_recall.model import BacktrackModel
 from torchrl_recall.observation import ObservationCodec
 from torchrl_recall.sampler import ValuePrioritizedSampler
 from torchrl_recall.transform import BacktrackTransform
-
-METHODS = ("a2c", "a2c_sil", "recall_found", "recall_known")
-SOLVED = 0.9
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,7 @@ def train(
     method: str,
     seed: int,
     settings: Settings,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Run one method with one seed until it is solved or the budget is spent.
 
@@ -176,7 +174,7 @@ def train(
         method (str): one of ``METHODS``.
         seed (int): seed of environment, networks and samplers.
         settings (Settings): the numbers.
-        progress (callable, optional): called with environment steps and success.
+        progress (callable, optional): called with the environment steps so far.
 
     Returns:
         dict: ``method``, ``seed``, ``goal_known``, ``steps``, ``success`` (exact), ``t90`` (first
@@ -227,7 +225,7 @@ def train(
         steps.append(steps[-1] + data.numel())
         success.append(evaluate(env, a2c.actor))
         if progress is not None:
-            progress(steps[-1], success[-1])
+            progress(steps[-1])
         if success[-1] >= SOLVED:
             t90 = steps[-1]
         if t90 is not None or steps[-1] >= settings.steps:

@@ -15,6 +15,8 @@ from torch import Tensor
 from torchrl.data import Categorical, Composite, MultiCategorical, Unbounded
 from torchrl.envs import EnvBase
 
+from torchrl_recall.checks import check_at_least_one, check_real
+
 Start = Literal["fixed", "room", "any"]
 
 # Up, down, left, right, as (row, column) steps; the index is the action.
@@ -247,13 +249,10 @@ class FourRoomsEnv(EnvBase):
 
 
 def _check_arguments(size: int, start: str, slip: float, max_steps: int | str | None) -> None:
-    if not isinstance(size, int) or size < 5 or size % 2 == 0:
+    if check_at_least_one("size", size) < 5 or size % 2 == 0:
         raise ValueError(f"size must be an odd integer of at least 5, got {size!r}")
     if start not in get_args(Start):
         raise ValueError(f"start must be one of {get_args(Start)}, got {start!r}")
-    if not 0.0 <= slip <= 1.0:
-        raise ValueError(f"slip must be a probability in [0, 1], got {slip!r}")
-    if max_steps is None or max_steps == "auto":
-        return
-    if not isinstance(max_steps, int) or max_steps < 1:
-        raise ValueError(f"max_steps must be a positive integer, 'auto' or None, got {max_steps!r}")
+    check_real("slip", slip, 0.0, 1.0)
+    if max_steps is not None and max_steps != "auto":
+        check_at_least_one("max_steps", max_steps)

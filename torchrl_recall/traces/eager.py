@@ -16,15 +16,16 @@ from torch.nn.functional import embedding_bag, pad, softplus
 from torchrl.modules import MLP
 
 from torchrl_recall.heads import (
-    LOG_SQRT_2_PI,
     TANH_LIMIT,
     CategoricalHead,
     NormalHead,
     SupportDelta,
     TanhNormalHead,
+    normal_log_prob,
     sample_index,
 )
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.traces.masks import since_start
 from torchrl_recall.traces.noise import TraceNoise
 from torchrl_recall.traces.walk import Walk
 
@@ -148,7 +149,7 @@ class EagerWalk:
         alive = None
         if stop_out is not None and noise.stop is not None:
             goes_on = noise.stop >= torch.sigmoid(stop_out.squeeze(-1))
-            alive = goes_on.flip(0).int().cumprod(0).flip(0).bool()
+            alive = since_start(goes_on)
         return Walk(states, *actions.finish(), deltas.log_prob(), alive)
 
     def _enter(self, state: Tensor, first: Tensor) -> None:
@@ -236,7 +237,7 @@ class _NormalActions(_Normals):
         """Return the actions in their own unit and their log-densities."""
         if isinstance(self.head, NormalHead):
             mean, std = self.head.normalizer.mean, self.head.normalizer.std
-            log_prob = _normal_log_prob(self.noise, self.log_scale) - std.log().sum()
+            log_prob = normal_log_prob(self.noise, self.log_scale) - std.log().sum()
             return torch.addcmul(mean, self.values, std), log_prob
         inside = self.values.clamp(-TANH_LIMIT, TANH_LIMIT)
         # The noise that would have led to the clamped value.
@@ -245,7 +246,7 @@ class _NormalActions(_Normals):
         squeeze = torch.sub(inside, softplus(inside, beta=-2), alpha=2)
         log_scale = torch.sub(self.log_scale, squeeze, alpha=2)
         log_scale += (4 * self.head.half_range).log()
-        log_prob = _normal_log_prob(noise, log_scale)
+        log_prob = normal_log_prob(noise, log_scale)
         values = torch.addcmul(self.head.middle, self.head.half_range, inside.tanh_())
         return values, log_prob
 
@@ -261,7 +262,7 @@ class _NormalDeltas(_Normals):
 
     def log_prob(self) -> Tensor:
         """Return the log-densities of all steps."""
-        return _normal_log_prob(self.noise, self.log_scale)
+        return normal_log_prob(self.noise, self.log_scale)
 
 
 class _Classes:
@@ -325,9 +326,3 @@ class _ClassDeltas(_Classes):
 def _activation(modules: list[nn.Module]) -> Activation | None:
     """Return an activation, in place where it can be; None for a network of one layer."""
     return _IN_PLACE.get(type(modules[0]), modules[0]) if modules else None
-
-
-def _normal_log_prob(noise: Tensor, log_scale: Tensor) -> Tensor:
-    """Log-density of ``loc + exp(log_scale) * noise``, summed over the last dimension."""
-    energy = torch.addcmul(log_scale, noise, noise, value=0.5)
-    return -noise.shape[-1] * LOG_SQRT_2_PI - energy.sum(-1)

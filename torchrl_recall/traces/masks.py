@@ -30,3 +30,8 @@ def last_visit(states: Tensor) -> Tensor:
         again = (states[..., :-lag, :] == states[..., lag:, :]).all(-1)
         keep[..., :-lag] &= ~again
     return keep[..., :-1]
+
+
+def since_start(good: Tensor) -> Tensor:
+    """Keep a step, ``[T, n]``, only if it and all that the walk made before it are good."""
+    return good.flip(0).int().cumprod(0).flip(0).bool()

@@ -17,6 +17,7 @@ from torchrl_recall.heads import CategoricalHead, SupportDelta
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.traces.eager import EagerWalk, unsupported
 from torchrl_recall.traces.masks import last_visit as last_visit_mask
+from torchrl_recall.traces.masks import since_start
 from torchrl_recall.traces.noise import TraceNoise, draw_noise
 from torchrl_recall.traces.walk import Walk, reference_walk
 
@@ -130,6 +131,8 @@ def _backend(model: BacktrackModel, backend: str) -> Callable[[Tensor, TraceNois
 
 
 def _check_noise(model: BacktrackModel, noise: TraceNoise, num_steps: int, rows: int) -> None:
+    if not isinstance(noise, TraceNoise):
+        raise TypeError(f"noise must be a TraceNoise, got {type(noise).__name__}.")
     expected = {
         "action": (num_steps, rows, model.action.head.noise_size),
         "delta": (num_steps, rows, model.delta_head.noise_size),
@@ -177,7 +180,7 @@ class _Columns:
         if isinstance(self.model.delta_head, SupportDelta):
             dead = self.model.delta_head.dead_end(walk.states[1:])
             if dead is not None:
-                self.mask[rows] &= _since_start(~dead).t()
+                self.mask[rows] &= since_start(~dead).t()
         if self.last_visit:
             self.mask[rows] &= last_visit_mask(walk.states.transpose(0, 1))
 
@@ -200,7 +203,7 @@ class _Columns:
                 "model gives NaN or infinite numbers for every step back from finite states; "
                 "expected finite parameters and statistics."
             )
-        kept = _since_start(kept)
+        kept = since_start(kept)
         if actions.is_floating_point():
             actions = torch.where(kept.unsqueeze(-1), actions, zero)
         alive = kept if walk.alive is None else walk.alive & kept
@@ -235,8 +238,3 @@ class _Columns:
         for key, value in following.items():
             out.set(("next", *key) if isinstance(key, tuple) else ("next", key), value)
         return out
-
-
-def _since_start(good: Tensor) -> Tensor:
-    """Keep a step, ``[T, n]``, only if it and all that the walk made before it are good."""
-    return good.flip(0).int().cumprod(0).flip(0).bool()
