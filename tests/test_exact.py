@@ -267,8 +267,7 @@ class TestKernel:
         assert stop[START] == 1
 
     def test_monte_carlo(self, episodes):
-        # Given s', what came before is drawn from q* anew each time; rows are independent in the
-        # limit (the counts less their expectations are a martingale in backward time).
+        # Given s', what came before is drawn from q* anew each time; rows are independent at last.
         states, actions = episodes.states, episodes.actions
         stops = torch.zeros(25, dtype=torch.float64)
         stops.index_add_(0, states[0], torch.ones(4000, dtype=torch.float64))

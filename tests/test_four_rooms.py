@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from scipy.stats import chi2
+from scipy.stats import chi2, chi2_contingency
 from torchrl.envs import ParallelEnv, SerialEnv
 from torchrl.envs.utils import check_env_specs
 
@@ -310,6 +310,19 @@ class TestContract:
         assert moved.rollout(5, break_when_any_done=False).device.type == "cuda"
 
 
+def test_own_stream_whatever_the_seed():
+    """Starts do not tell the policy's first action, though torch has the environment's seed."""
+    env = FourRoomsEnv(7, start="room", batch_size=(4000,), seed=0)
+    torch.manual_seed(0)
+    data = env.rollout(1)
+    start = ((data["observation"][:, 0] - 1) * torch.tensor([2, 1])).sum(-1)
+    table = torch.zeros(4, 4).index_put_(
+        (start, data["action"][:, 0]), torch.ones(4000), accumulate=True
+    )
+    # Error rate 1e-4.
+    assert chi2_contingency(table.numpy()).pvalue > 1e-4
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("size", "error", "message"),
@@ -338,3 +351,9 @@ class TestErrors:
     def test_others(self, kwargs, message):
         with pytest.raises((ValueError, TypeError), match=message):
             FourRoomsEnv(5, **kwargs)
+
+    @pytest.mark.parametrize("action", [-1, 4, 24])
+    def test_actions_outside_are_refused(self, action):
+        env = FourRoomsEnv(5, seed=0)
+        with pytest.raises(ValueError, match=f"action must lie in 0 to 3, got {action}"):
+            env.step(env.reset().set("action", torch.tensor(action)))

@@ -29,7 +29,7 @@ from torchrl.modules import IndependentNormal, ProbabilisticActor, TanhNormal, V
 from torchrl.objectives import ClipPPOLoss, SACLoss
 from torchrl.objectives.bc import BCLoss
 
-from torchrl_recall import BacktrackLoss, BacktrackTransform, RecallTraceLoss
+from torchrl_recall import BacktrackLoss, BacktrackModel, BacktrackTransform, RecallTraceLoss
 
 
 @pytest.fixture(autouse=True)
@@ -324,3 +324,22 @@ def test_losses_of_a_lognormal_example():
     trace = TensorDict({"observation": torch.zeros(1, 2, 1), "action": torch.ones(1, 2, 1)}, [1, 2])
     out = RecallTraceLoss(actor)(TensorDict({"trace": trace}, [1]))
     assert out["loss_imitation"].item() == pytest.approx(0.5 + 0.5 * math.log(2 * math.pi))
+
+
+def test_an_action_of_another_width_is_refused():
+    net = nn.Sequential(nn.Linear(3, 4), NormalParamExtractor())
+    actor = ProbabilisticActor(
+        TensorDictModule(net, ["observation"], ["loc", "scale"]),
+        ["loc", "scale"],
+        distribution_class=TanhNormal,
+    )
+    transform = BacktrackTransform(BacktrackModel(3, 1, num_cells=(8,)), num_steps=2)
+    batch = transform(TensorDict({"next": {"observation": torch.randn(4, 3)}}, [4]))
+    message = r"'action' has shape \(4, 2, 1\), but the actor's .* actions of shape \(2,\)"
+    with pytest.raises(ValueError, match=message):
+        RecallTraceLoss(actor)(batch)
+
+
+def test_a_trace_that_is_no_tensordict_is_refused():
+    with pytest.raises(TypeError, match="'trace' must be a TensorDict, got Tensor"):
+        RecallTraceLoss(make_actor())(TensorDict({"trace": torch.zeros(2)}, [2]))

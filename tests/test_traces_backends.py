@@ -16,8 +16,8 @@ from trace_data import (
     make_start,
 )
 
-from torchrl_recall import sample_traces
-from torchrl_recall.traces import TraceNoise
+from torchrl_recall import BacktrackModel, sample_traces
+from torchrl_recall.traces import TraceNoise, draw_noise
 from torchrl_recall.traces.eager import unsupported
 
 NETWORKS = [
@@ -123,3 +123,20 @@ def test_networks_that_eager_cannot_run_fall_back_with_a_warning(kind):
     assert_same(auto, sample_traces(model, start, **options, backend="reference"), 0)
     with pytest.raises(ValueError, match="backend='eager' cannot run this model: stop_network"):
         sample_traces(model, start, **options, backend="eager")
+
+
+def test_a_large_constant_feature_does_not_cancel():
+    torch.manual_seed(0)
+    model = BacktrackModel(3, 2, num_cells=(32,))
+    states = torch.randn(1000, 3)
+    states[:, 2] = 1e5
+    action, before = torch.zeros(1000, 2), states + 0.1 * torch.randn(1000, 3)
+    before[:, 2] = 1e5
+    model.update_normalization(before, action, states)
+    noise = draw_noise(model, 5, 100)
+    eager, reference = (
+        sample_traces(model, states[:100], num_steps=5, noise=noise, backend=backend)
+        for backend in ("eager", "reference")
+    )
+    for key in ("action", "observation"):
+        torch.testing.assert_close(eager[key], reference[key], rtol=1e-5, atol=1e-4)

@@ -34,6 +34,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     namespace = parser.parse_args(arguments)
     if namespace.size < 5 or namespace.size % 2 == 0:
         parser.error(f"argument --size: must be odd and at least 5, got {namespace.size}")
+    if namespace.out.exists() and not namespace.out.is_dir():
+        parser.error(f"argument --out: must be a folder, got the file {namespace.out}")
     namespace.methods = list(dict.fromkeys(namespace.methods))
     return namespace
 
@@ -45,11 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         print(f"missing {missing}: pip install 'torchrl-recall[demo]'", file=sys.stderr)
         return 2
+    import torch
+
     from torchrl_recall.demo.report import draw, save_json, table
     from torchrl_recall.demo.run import run_all
     from torchrl_recall.demo.train import Settings
     from torchrl_recall.envs import FourRoomsEnv
 
+    try:
+        torch.zeros((), device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        print(f"argument --device: {options.device!r} cannot be used: {error}", file=sys.stderr)
+        return 2
     settings = Settings(
         size=options.size, start=options.start, steps=options.steps, device=options.device
     )

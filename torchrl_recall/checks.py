@@ -29,7 +29,7 @@ def check_interval(name: str, value: Any) -> tuple[float, float]:
     return low, high
 
 
-def check_real(name: str, value: Any, low: float, high: float) -> float:
+def check_real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     """Return ``value`` as a float in ``[low, high]``, or refuse it by name."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}.")

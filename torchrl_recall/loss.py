@@ -15,7 +15,7 @@ from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
-from torchrl_recall.checks import check_finite
+from torchrl_recall.checks import check_finite, check_real
 from torchrl_recall.masking import (
     Reduction,
     blank_rows,
@@ -282,8 +282,12 @@ class RecallTraceLoss(LossModule):
         self.convert_to_functional(actor, "actor_network")
         self.reduction = check_reduction(reduction)
         self.backtrack = None if model is None else BacktrackLoss(model, reduction=reduction)
-        self.register_coeff_buffer("imitation_coeff", float(imitation_coeff))
-        self.register_coeff_buffer("backtrack_coeff", float(backtrack_coeff))
+        self.register_coeff_buffer(
+            "imitation_coeff", check_real("imitation_coeff", imitation_coeff)
+        )
+        self.register_coeff_buffer(
+            "backtrack_coeff", check_real("backtrack_coeff", backtrack_coeff)
+        )
         fitted = [] if self.backtrack is None else self.backtrack.out_keys
         self.out_keys: list[NestedKey] = ["loss_imitation", "trace_kept", "trace_log_prob", *fitted]
         self._set_in_keys()
@@ -311,6 +315,10 @@ class RecallTraceLoss(LossModule):
             raise KeyError(
                 f"key {self.tensor_keys.trace!r} is missing from the data, which has "
                 f"{sorted_keys(tensordict)}; append a BacktrackTransform to the replay buffer."
+            )
+        if not isinstance(trace, TensorDictBase):
+            raise TypeError(
+                f"{self.tensor_keys.trace!r} must be a TensorDict, got {type(trace).__name__}."
             )
         if trace.shape.numel() == 0:
             raise ValueError(f"the trace is empty: batch size {tuple(trace.shape)}.")
@@ -354,7 +362,15 @@ class RecallTraceLoss(LossModule):
         action = cleaned.get(self.tensor_keys.action)
         inputs = cleaned.select(*self.actor_network.in_keys)
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
-            log_prob = self.actor_network.get_dist(inputs).log_prob(action)
+            distribution = self.actor_network.get_dist(inputs)
+            # A narrower action would broadcast. (TorchRL's one-hot distributions state no event.)
+            event = getattr(distribution, "event_shape", torch.Size())
+            if event and action.shape[-len(event) :] != event:
+                raise ValueError(
+                    f"trace {self.tensor_keys.action!r} has shape {tuple(action.shape)}, but the "
+                    f"actor's distribution is over actions of shape {tuple(event)}."
+                )
+            log_prob = distribution.log_prob(action)
         if log_prob.shape != kept.shape and trace.ndim > 0:
             raise ValueError(
                 f"the actor's log_prob has shape {tuple(log_prob.shape)}, expected one for each "

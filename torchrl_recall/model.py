@@ -98,6 +98,10 @@ class BacktrackModel(TensorDictModuleBase):
             dtypes = [getattr(spec, "dtype", None) for spec in observations.values()]
             floating = [d for d in dtypes if d is not None and d.is_floating_point]
             dtype = floating[0] if floating else torch.get_default_dtype()
+        if not (isinstance(activation_class, type) and issubclass(activation_class, nn.Module)):
+            raise TypeError(f"activation_class must be a Module class, got {activation_class!r}.")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point one, got {dtype}.")
         if not isinstance(num_cells, Sequence):
             raise TypeError(f"num_cells must be a sequence of widths, got {num_cells!r}.")
         num_cells = [check_at_least_one("num_cells", width) for width in num_cells]
@@ -183,6 +187,8 @@ class BacktrackModel(TensorDictModuleBase):
         """
         if not isinstance(env, EnvBase):
             raise TypeError(f"env must be a torchrl EnvBase, got {type(env).__name__}.")
+        if isinstance(observation_keys, str):
+            observation_keys = [observation_keys]
         specs = env.observation_spec_unbatched
         is_init_key = unravel_key(is_init_key)
         leaves = [unravel_key(key) for key in specs.keys(True, True)]

@@ -297,7 +297,7 @@ class ValuePrioritizedSampler(PrioritizedSampler):
                 f"{self.dtype}; their entries are not drawn until they get finite ones. "
                 "This is said once per sampler.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _make_room(self, flat: Tensor, storage: Any) -> None:

@@ -60,6 +60,8 @@ class BacktrackTransform(Transform):
     Non-finite start states (such as the gaps that ``NextStateReconstructor`` leaves) and padding,
     masked at ``("collector", "mask")``, give a masked trace with finite entries.
 
+    A start that the model's stop head takes for an episode's first state gives a masked trace, too.
+
     Source: Goyal et al., *Recall Traces*, ICLR 2019, https://arxiv.org/abs/1804.00379.
 
     Examples:
@@ -115,7 +117,7 @@ class BacktrackTransform(Transform):
             raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}.")
         self.backend: Backend = backend
         if min_value is not None:
-            min_value = check_real("min_value", min_value, -float("inf"), float("inf"))
+            min_value = check_real("min_value", min_value)
         self.min_value = min_value
         if generator is None:
             seed = int(torch.empty((), dtype=torch.int64).random_())

@@ -6,6 +6,7 @@ every maze of the batch steps in the same few tensor operations.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -197,7 +198,10 @@ class FourRoomsEnv(EnvBase):
     def _set_seed(self, seed: int | None) -> None:
         if seed is None:
             seed = int(torch.randint(2**62, (), device="cpu"))
-        self._generator.manual_seed(seed)
+        # Not the seed itself: with ``torch.manual_seed(seed)`` it would give policy and environment
+        # the same numbers. (torch's CPU generator uses 32 bits of a seed.)
+        digest = hashlib.sha256(f"FourRoomsEnv {seed}".encode()).digest()
+        self._generator.manual_seed(int.from_bytes(digest[:4], "big"))
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
         old = self._cell
@@ -214,6 +218,9 @@ class FourRoomsEnv(EnvBase):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         action, old = tensordict.get("action"), self._cell
+        # Not on a GPU, where looking at the numbers would wait for it.
+        if action.is_cpu and bool(((action < 0) | (action > 3)).any()):
+            raise ValueError(f"action must lie in 0 to 3, got {action.min()} to {action.max()}.")
         if self.slip:
             options: dict[str, Any] = {"generator": self._generator, "device": self.device}
             slipped = torch.rand(old.shape, dtype=torch.float64, **options) < self.slip

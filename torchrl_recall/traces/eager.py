@@ -1,8 +1,8 @@
 """The tiled eager backend: the reference walk with all that costs time taken out of the loop.
 
-Against the reference it (1) folds the normalisation into the weights, (2) stacks the first layers
-of all networks into one product, (3) adds the action's share of the first layer instead of
-concatenating, (4) writes into buffers, and (5) computes log-probabilities once, at the end.
+Against the reference it (1) folds the scale of the normalisation into the weights, (2) stacks the
+first layers of all networks into one product, (3) adds the action's share of the first layer
+instead of concatenating, (4) writes into buffers, and (5) computes log-probabilities at the end.
 """
 
 from __future__ import annotations
@@ -101,8 +101,10 @@ class EagerWalk:
         weight = torch.cat([w.t() for w, _ in layers], 1)
         bias = torch.cat([b for _, b in layers])
         if self.codec.normalizer is not None:
+            # The mean is subtracted in the walk: folded into the bias it would cancel to nothing
+            # where a feature is large and nearly constant.
             weight /= self.codec.normalizer.std.unsqueeze(-1)
-            self.first_bias = torch.addmv(bias, weight.t(), self.codec.normalizer.mean, alpha=-1)
+            self.mean, self.first_bias = self.codec.normalizer.mean, bias
         else:
             # Exactly one feature of the first coordinate is on, so its rows can carry the bias.
             weight[: self.codec.cardinality[0]] += bias
@@ -158,7 +160,7 @@ class EagerWalk:
             index = self.codec.feature_index(state)
             first.copy_(embedding_bag(index, self.first_weight, mode="sum"))
         else:
-            torch.addmm(self.first_bias, state, self.first_weight, out=first)
+            torch.addmm(self.first_bias, state - self.mean, self.first_weight, out=first)
 
 
 class _Rest:

@@ -126,7 +126,7 @@ def _backend(model: BacktrackModel, backend: str) -> Callable[[Tensor, TraceNois
         return EagerWalk(model)
     if backend == "eager":
         raise ValueError(f"backend='eager' cannot run this model: {reason}.")
-    warnings.warn(f"sample_traces falls back to the reference backend: {reason}.", stacklevel=3)
+    warnings.warn(f"sample_traces falls back to the reference backend: {reason}.", stacklevel=4)
     return partial(reference_walk, model)
 
 
@@ -201,7 +201,7 @@ class _Columns:
         if walk.states.is_cpu and not bool(kept[-1].any()):
             raise ValueError(
                 "model gives NaN or infinite numbers for every step back from finite states; "
-                "expected finite parameters and statistics."
+                "expected finite parameters and statistics, and states of the data's own size."
             )
         kept = since_start(kept)
         if actions.is_floating_point():
