@@ -1,4 +1,4 @@
-"""Self-imitation learning (Oh et al., ICML 2018), the strongest baseline of the main job."""
+"""Self-imitation learning after Oh et al. (ICML 2018), the stronger baseline of the main job."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class SelfImitation:
     """Imitates the policy's own past steps whose return beats the critic.
 
-    ``max(R - V, 0) · -log π + 0.01 · max(R - V, 0)² / 2`` on prioritised samples, four updates of
-    512 steps an iteration, priority exponent 0.6: the numbers of Oh et al. for A2C.
+    ``max(R - V, 0) · -log π + 0.01 · max(R - V, 0)² / 2`` on prioritised samples without importance
+    weights, four updates of 512 steps an iteration, priority exponent 0.6. Not tuned.
     """
 
     updates = 4
