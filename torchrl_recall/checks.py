@@ -11,6 +11,8 @@ import torch
 
 def check_at_least_one(name: str, value: Any) -> int:
     """Return ``value`` as an int of at least 1, or refuse it by name."""
+    if type(value) is int and value >= 1:
+        return value
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int of at least 1, got {type(value).__name__} {value}.")
     if value < 1:
@@ -41,6 +43,8 @@ def check_real(name: str, value: Any, low: float = -math.inf, high: float = math
 
 def check_device(name: str, device: torch.device, expected: torch.device) -> None:
     """Refuse a tensor or generator that lives on another device than the model."""
+    if device == expected:
+        return
     if device.type != expected.type or (
         device.index is not None and expected.index is not None and device.index != expected.index
     ):

@@ -145,6 +145,7 @@ class ObservationCodec(nn.Module):
         keys: Sequence[NestedKey] | None = None,
         *,
         require_finite: bool = True,
+        require_range: bool = True,
     ) -> Tensor:
         """Read the observation keys of ``data`` as one flat state.
 
@@ -152,6 +153,7 @@ class ObservationCodec(nn.Module):
             data (TensorDictBase): holds the keys, with any batch shape ``*B``.
             keys (sequence of NestedKey, optional): read from here instead of the codec's own keys.
             require_finite (bool): refuse non-finite values.
+            require_range (bool): refuse classes that do not exist.
 
         Returns:
             Tensor: ``[*B, size]``, float or int64.
@@ -167,43 +169,57 @@ class ObservationCodec(nn.Module):
                 raise KeyError(
                     f"key {key!r} is missing from the data, which has {sorted_keys(data)}."
                 )
-            parts.append(self._flatten(i, value, repr(key), data.ndim, require_finite))
+            parts.append(
+                self._flatten(i, value, repr(key), data.ndim, require_finite, require_range)
+            )
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
-    def flatten(self, observation: Tensor | Mapping[NestedKey, Tensor], name: str) -> Tensor:
+    def flatten(
+        self,
+        observation: Tensor | Mapping[NestedKey, Tensor],
+        name: str,
+        *,
+        check_values: bool = True,
+    ) -> Tensor:
         """Turn an observation as the env gives it into a flat state.
 
         Args:
             observation (Tensor, TensorDictBase or mapping): one tensor (several continuous keys:
                 already concatenated, ``[*B, size]``), or one tensor for each key.
             name (str): name of the argument, for refusals.
+            check_values (bool): refuse non-finite values and classes that do not exist.
 
         Returns:
             Tensor: ``[*B, size]``, float or int64.
         """
+        if isinstance(observation, Tensor):
+            if len(self.keys) == 1:
+                return self._flatten(0, observation, name, None, check_values, check_values)
+            if self.is_discrete:
+                raise TypeError(
+                    f"{name} must be a TensorDict or mapping with the keys {self.keys}."
+                )
+            shape = torch.Size([self.size])
+            return self._check_continuous(observation, shape, name, None, check_values)
         if isinstance(observation, TensorDictBase):
-            return self.read(observation)
+            return self.read(observation, require_finite=check_values, require_range=check_values)
         if isinstance(observation, Mapping):
             missing = [key for key in self.keys if key not in observation]
             if missing:
                 raise KeyError(f"{name} lacks {missing}, expected the keys {self.keys}.")
             parts = [
-                self._flatten(i, observation[key], f"{name}[{key!r}]", None, True)
+                self._flatten(i, observation[key], f"{name}[{key!r}]", None, *[check_values] * 2)
                 for i, key in enumerate(self.keys)
             ]
             return torch.cat(parts, -1)
-        if not isinstance(observation, Tensor):
-            raise TypeError(
-                f"{name} must be a tensor, a TensorDict or a mapping of tensors, "
-                f"got {type(observation).__name__}."
-            )
-        if len(self.keys) == 1:
-            return self._flatten(0, observation, name, None, True)
-        if self.is_discrete:
-            raise TypeError(f"{name} must be a TensorDict or mapping with the keys {self.keys}.")
-        return self._check_continuous(observation, torch.Size([self.size]), name, None, True)
+        raise TypeError(
+            f"{name} must be a tensor, a TensorDict or a mapping of tensors, "
+            f"got {type(observation).__name__}."
+        )
 
-    def _flatten(self, i: int, value: Tensor, name: str, ndim: int | None, finite: bool) -> Tensor:
+    def _flatten(
+        self, i: int, value: Tensor, name: str, ndim: int | None, finite: bool, in_range: bool
+    ) -> Tensor:
         shape = self.shapes[i]
         if self.formats[i] == "continuous":
             return self._check_continuous(value, shape, name, ndim, finite)
@@ -221,7 +237,7 @@ class ObservationCodec(nn.Module):
         value = value.long()
         value = value.unsqueeze(-1) if event == 0 else value.flatten(-event)
         width = value.shape[-1]
-        if not torch.compiler.is_compiling():
+        if in_range and not torch.compiler.is_compiling():
             low, high = self.low[start : start + width], self.high[start : start + width]
             if bool(((value < low) | (value > high)).any()):
                 raise ValueError(
@@ -235,12 +251,13 @@ class ObservationCodec(nn.Module):
 
     def _check_continuous(self, value, shape, name: str, ndim: int | None, finite: bool) -> Tensor:
         self._check_shape(value, shape, name, ndim)
-        if value.dtype != self.unit.dtype:
+        unit = self.unit
+        if value.dtype != unit.dtype:
             raise ValueError(
-                f"{name} has dtype {value.dtype}, but the model has {self.unit.dtype}; cast the "
+                f"{name} has dtype {value.dtype}, but the model has {unit.dtype}; cast the "
                 "data (torchrl.envs.DoubleToFloat) or the model (model.to(dtype))."
             )
-        check_device(name, value.device, self.unit.device)
+        check_device(name, value.device, unit.device)
         if finite:
             check_finite(name, value)
         if len(shape) == 1:
@@ -256,6 +273,12 @@ class ObservationCodec(nn.Module):
                 f"{name} has shape {tuple(value.shape)}, expected [*batch, "
                 f"{', '.join(map(str, shape))}] with the model's observation shape {tuple(shape)}."
             )
+
+    def are_states(self, state: Tensor) -> Tensor:
+        """Return ``[*B]`` bool: which flat states are finite, or classes that exist."""
+        if self.is_discrete:
+            return ((state >= self.low) & (state <= self.high)).all(-1)
+        return torch.isfinite(state).all(-1)
 
     def restore(self, state: Tensor) -> dict[NestedKey, Tensor]:
         """Turn flat states back into the env's keys, shapes and dtypes.

@@ -21,7 +21,7 @@ from torchrl_recall.masking import blank_rows, one_each
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.observation import sorted_keys
 from torchrl_recall.traces import sample_traces
-from torchrl_recall.traces.sample import Backend
+from torchrl_recall.traces.backends import Backend
 
 
 class BacktrackTransform(Transform):

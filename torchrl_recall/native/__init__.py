@@ -1,0 +1,1 @@
+"""The small C library behind the native backend; `interface` loads it."""

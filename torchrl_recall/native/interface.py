@@ -1,0 +1,148 @@
+"""The C library of ``native/src`` as ctypes sees it: structures, signatures, and where it is.
+
+Mirrors ``src/recall.h``, line by line. The library is a plain C shared object without torch's
+headers, so it neither breaks with torch's ABI nor takes long to build.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+VERSION = 1
+MAX_LAYERS = 16
+ACTIVATIONS = (
+    "identity",
+    "relu",
+    "leaky_relu",
+    "elu",
+    "tanh",
+    "sigmoid",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "softplus",
+    "mish",
+)
+NORMAL, TANH_NORMAL, CLASS, SUPPORT = range(4)
+OK, NO_MEMORY = 0, 1
+# What `instruction_set` gives: the widest that the processor has.
+INSTRUCTION_SETS = {0: "portable", 256: "AVX2", 512: "AVX-512", 513: "AVX-512 with bfloat16"}
+LIBRARY = Path(__file__).parent / "librecall.so"
+
+
+class Network(Structure):
+    """A stack of Linear layers with one kind of activation between them."""
+
+    _fields_ = [
+        ("num_layers", c_int64),
+        ("activation", c_int64),
+        ("slope", c_float),
+        ("width", c_int64 * (MAX_LAYERS + 1)),
+        ("weight", c_void_p * MAX_LAYERS),
+        ("bias", c_void_p * MAX_LAYERS),
+    ]
+
+
+class Head(Structure):
+    """A head of the model."""
+
+    _fields_ = [
+        ("kind", c_int64),
+        ("size", c_int64),
+        ("low", c_float),
+        ("width", c_float),
+        ("floor", c_float),
+        ("mean", c_void_p),
+        ("spread", c_void_p),
+    ]
+
+
+class Model(Structure):
+    """A model by pointers to its live parameters."""
+
+    _fields_ = [
+        ("network", Network * 3),
+        ("action", Head),
+        ("delta", Head),
+        ("state_size", c_int64),
+        ("feature_size", c_int64),
+        ("is_discrete", c_int64),
+        ("has_joint_code", c_int64),
+        ("cardinality", c_void_p),
+        ("floor", c_float),
+        ("mean", c_void_p),
+        ("variance", c_void_p),
+        ("support", c_void_p),
+        ("lowest", c_void_p),
+        ("highest", c_void_p),
+        ("has_dead_ends", c_int64),
+        ("is_bfloat16", c_int64),
+    ]
+
+
+# A call is an array of 64-bit words; pointers are among them. These are their places.
+CALL_FIELDS = (
+    "num_rows",
+    "num_starts",
+    "num_traces",
+    "num_steps",
+    "start",
+    "seed",
+    "noise_action",
+    "noise_delta",
+    "noise_stop",
+    "state",
+    "next_state",
+    "action",
+    "action_log_prob",
+    "delta_log_prob",
+    "mask",
+    "last_visit",
+    "instruction_set",
+    "next_tile",
+    "finite_rows",
+    "bad_starts",
+)
+Call = c_int64 * len(CALL_FIELDS)
+FINITE_ROWS, BAD_STARTS = CALL_FIELDS.index("finite_rows"), CALL_FIELDS.index("bad_starts")
+
+
+@lru_cache(maxsize=1)
+def load() -> tuple[ctypes.CDLL | None, str | None]:
+    """Load the library, once.
+
+    Returns:
+        tuple: the library and None, or None and the reason why there is none.
+    """
+    if not LIBRARY.exists():
+        reason = LIBRARY.with_suffix(".txt")
+        why = reason.read_text(encoding="utf-8").strip() if reason.exists() else ""
+        return None, (
+            f"{LIBRARY.name} was not built when the package was installed"
+            f"{': ' + why if why else ''}; install a C compiler and reinstall"
+        )
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        version = library.recall_version()
+    except (OSError, AttributeError) as error:
+        return None, f"{LIBRARY.name} does not load: {error}"
+    if version != VERSION:
+        return None, f"{LIBRARY.name} has version {version}, expected {VERSION}; reinstall"
+    for name, arguments in {
+        "recall_version": [],
+        "recall_instruction_set": [],
+        "recall_packed_bytes": [POINTER(Model)],
+        "recall_pack": [POINTER(Model), c_void_p],
+        "recall_is_current": [POINTER(Model), c_void_p],
+        "recall_table_bytes": [POINTER(Model)],
+        "recall_tables": [POINTER(Model), c_void_p, c_void_p, c_int64],
+        "recall_walk": [POINTER(Model), c_void_p, c_void_p],
+        "recall_look_up": [POINTER(Model), c_void_p, c_void_p],
+    }.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, c_int64
+    library.recall_pack.restype = None
+    return library, None

@@ -1,0 +1,179 @@
+/* Linear layers of a tile: features by traces, so that traces are the lanes of vectors.
+ *
+ * Every trace's sum starts at the bias and takes the inputs in order, whatever the block's shape:
+ * results depend neither on the tile nor on the number of traces in it.
+ */
+#ifndef RECALL_LAYERS_H
+#define RECALL_LAYERS_H
+
+#include "functions.h"
+#include "packed.h"
+
+/* Vectors of lanes in a register block: with ROWS of them the accumulators fill the registers. */
+#define VECTORS (RECALL_ISA == 512 ? 4 : 2)
+
+INLINE vf activate(int64_t kind, float slope, vf x) {
+    switch (kind) {
+        case RELU: return v_max(v_set(0.0f), x);
+        case LEAKY_RELU: return v_select(v_lt(x, v_set(0.0f)), v_mul(x, v_set(slope)), x);
+        case ELU: {
+            /* expm1 by its sinh: 2 sinh(x / 2) exp(x / 2), near 0 by a cubic. */
+            vf far = v_sub(v_exp(x), v_set(1.0f));
+            vf near = v_set(1.0f / 120);
+            near = v_fma(near, x, v_set(1.0f / 24));
+            near = v_fma(near, x, v_set(1.0f / 6));
+            near = v_fma(near, x, v_set(0.5f));
+            near = v_fma(v_mul(near, x), x, x);
+            vf below = v_select(v_lt(x, v_set(-0.1f)), far, near);
+            return v_select(v_lt(x, v_set(0.0f)), v_mul(below, v_set(slope)), x);
+        }
+        case TANH: return v_tanh(x);
+        case SIGMOID: return v_sigmoid(x);
+        case SILU: return v_mul(x, v_sigmoid(x));
+        case GELU: {
+            vf half = v_mul(x, v_set(0.5f));
+            return v_fma(half, v_erf(v_mul(x, v_set(0.70710678f))), half);
+        }
+        case GELU_TANH: {
+            vf cube = v_mul(v_mul(x, x), x);
+            vf inner = v_mul(v_fma(cube, v_set(0.044715f), x), v_set(0.79788456f));
+            vf half = v_mul(x, v_set(0.5f));
+            return v_fma(half, v_tanh(inner), half);
+        }
+        case SOFTPLUS: return v_softplus(x);
+        case MISH: return v_mul(x, v_tanh(v_softplus(x)));
+        default: return x;
+    }
+}
+
+/* Out of line: there are many register blocks, and these functions are long. */
+NOINLINE void activate_rows(int64_t kind, float slope, float row[][VECTORS * LANES], int rows,
+                          int vectors) {
+    for (int r = 0; r < rows; r++) {
+        for (float *at = row[r]; at < row[r] + vectors * LANES; at += LANES)
+            v_store(at, activate(kind, slope, v_load(at)));
+    }
+}
+
+#if RECALL_BFLOAT16
+/* Two rows as words of bfloat16, rounded to nearest even: `even` in the lower halves. */
+INLINE vi to_pairs(vf even, vf odd) {
+    vi low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+    vi high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+    return vi_or(low, vi_shift_left(high, 16));
+}
+typedef uint32_t operand;
+INLINE const operand *operands(const packed_layer *layer) { return layer->weight_pairs; }
+INLINE int64_t depth(const packed_layer *layer) { return (layer->inputs + 1) / 2; }
+#define LOAD(p) vi_load(p)
+#define SET(x) vi_set(x)
+#define MULTIPLY_ADD(a, b, c) _mm512_dpbf16_ps(c, (__m512bh)(a), (__m512bh)(b))
+typedef vi operands_v;
+#else
+typedef float operand;
+INLINE const operand *operands(const packed_layer *layer) { return layer->weight; }
+INLINE int64_t depth(const packed_layer *layer) { return layer->inputs; }
+#define LOAD(p) v_load(p)
+#define SET(x) v_set(x)
+#define MULTIPLY_ADD(a, b, c) v_fma(a, b, c)
+typedef vf operands_v;
+#endif
+
+/* out[r] = activation of base[r] (if there is a base, else bias[r]) + sum of weight[k][r] in[k] over
+ * k, for `rows` outputs and `vectors` vectors of lanes, which are constants where this is called. */
+INLINE void register_block(const int rows, const int vectors, const operand *weight, int64_t n,
+                           const operand *in, const float *bias, const float *base, float *out,
+                           int64_t kind, float slope, int is_last) {
+    vf sum[ROWS][VECTORS];
+    UNROLLED for (int r = 0; r < rows; r++) {
+        UNROLLED for (int v = 0; v < vectors; v++)
+            sum[r][v] = base ? v_load(base + r * TILE + v * LANES) : v_set(bias[r]);
+    }
+    for (int64_t k = 0; k < n; k++, weight += rows, in += TILE) {
+        operands_v x[VECTORS];
+        UNROLLED for (int v = 0; v < vectors; v++) x[v] = LOAD(in + v * LANES);
+        UNROLLED for (int r = 0; r < rows; r++) {
+            operands_v w = SET(weight[r]);
+            UNROLLED for (int v = 0; v < vectors; v++)
+                sum[r][v] = MULTIPLY_ADD(w, x[v], sum[r][v]);
+        }
+    }
+    if (kind == RELU) {
+        UNROLLED for (int r = 0; r < rows; r++) {
+            UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = v_max(v_set(0.0f), sum[r][v]);
+        }
+    } else if (kind != IDENTITY) {
+        float row[ROWS][VECTORS * LANES];
+        UNROLLED for (int r = 0; r < rows; r++) {
+            UNROLLED for (int v = 0; v < vectors; v++) v_store(row[r] + v * LANES, sum[r][v]);
+        }
+        activate_rows(kind, slope, row, rows, vectors);
+        UNROLLED for (int r = 0; r < rows; r++) {
+            UNROLLED for (int v = 0; v < vectors; v++) sum[r][v] = v_load(row[r] + v * LANES);
+        }
+    }
+#if RECALL_BFLOAT16
+    if (!is_last) {
+        UNROLLED for (int r = 0; r < rows; r += 2) {
+            UNROLLED for (int v = 0; v < vectors; v++)
+                vi_store(out + r / 2 * TILE + v * LANES,
+                         to_pairs(sum[r][v], r + 1 < rows ? sum[r + 1][v] : v_set(0.0f)));
+        }
+        return;
+    }
+#else
+    (void)is_last;
+#endif
+    UNROLLED for (int r = 0; r < rows; r++) {
+        UNROLLED for (int v = 0; v < vectors; v++) v_store(out + r * TILE + v * LANES, sum[r][v]);
+    }
+}
+
+typedef void (*block_function)(const operand *, int64_t, const operand *, const float *,
+                               const float *, float *, int64_t, float, int);
+#define BLOCK_OF(r, v)                                                                            \
+    static void block_##r##_##v(const operand *weight, int64_t n, const operand *in,              \
+                                const float *bias, const float *base, float *out, int64_t kind,   \
+                                float slope, int is_last) {                                       \
+        register_block(r, v, weight, n, in, bias, base, out, kind, slope, is_last);               \
+    }
+#define BLOCKS_OF(v)                                                                              \
+    BLOCK_OF(1, v) BLOCK_OF(2, v) BLOCK_OF(3, v) BLOCK_OF(4, v) BLOCK_OF(5, v) BLOCK_OF(6, v)
+#define ENTRIES_OF(v) \
+    { block_1_##v, block_2_##v, block_3_##v, block_4_##v, block_5_##v, block_6_##v }
+
+BLOCKS_OF(1)
+BLOCKS_OF(2)
+#if RECALL_ISA == 512
+BLOCKS_OF(3)
+BLOCKS_OF(4)
+static const block_function BLOCKS[VECTORS][ROWS] = {ENTRIES_OF(1), ENTRIES_OF(2), ENTRIES_OF(3),
+                                                     ENTRIES_OF(4)};
+#else
+static const block_function BLOCKS[VECTORS][ROWS] = {ENTRIES_OF(1), ENTRIES_OF(2)};
+#endif
+
+/* The dense part of a layer for the first `lanes` traces of a tile (a multiple of LANES). A layer
+ * that is not the last one is activated, and written as operands of the next. `base` holds the bias
+ * and the share of one-hot inputs, if there are any. */
+static void dense(const packed_network *network, const packed_layer *layer, int is_last,
+                  const operand *in, const float *base, float *out, int lanes) {
+    int64_t kind = is_last ? IDENTITY : network->activation, n = depth(layer);
+    const operand *weight = operands(layer);
+    int64_t row_share = RECALL_BFLOAT16 && !is_last ? 2 : 1;
+    for (int64_t j = 0; j < layer->outputs; j += ROWS) {
+        int64_t rows = layer->outputs - j < ROWS ? layer->outputs - j : ROWS;
+        for (int lane = 0; lane < lanes;) {
+            int vectors = (lanes - lane) / LANES;
+            if (vectors > VECTORS) vectors = VECTORS;
+            BLOCKS[vectors - 1][rows - 1](weight, n, in + lane, layer->bias + j,
+                                          base ? base + j * TILE + lane : NULL,
+                                          out + j / row_share * TILE + lane, kind, network->slope,
+                                          is_last);
+            lane += vectors * LANES;
+        }
+        weight += n * rows;
+    }
+}
+
+#endif

@@ -1,0 +1,164 @@
+/* What a tile writes at each step: from rows of lanes to the call's columns, a trace a row. */
+#ifndef RECALL_OUTPUT_H
+#define RECALL_OUTPUT_H
+
+#include "heads.h"
+
+/* ---- last visits ---- */
+
+static uint64_t state_hash(const tile *t, int lane) {
+    uint64_t hash = 0x9E3779B97F4A7C15u;
+    for (int64_t i = 0; i < t->model->state_size; i++) {
+        float value = t->state[i * TILE + lane] + 0.0f; /* minus zero is zero */
+        uint32_t bits;
+        memcpy(&bits, &value, sizeof bits);
+        hash = (hash ^ bits) * 0xD6E8FEB86659FD93u;
+        hash ^= hash >> 32;
+    }
+    return hash;
+}
+
+static double written(const recall_model *m, const void *from, int64_t i) {
+    return m->is_discrete ? (double)((const int64_t *)from)[i] : (double)((const float *)from)[i];
+}
+
+/* Remembers where the tile is, if last visits are asked. */
+static void note_visit(tile *t, int64_t step) {
+    if (!t->call->last_visit) return;
+    for (int lane = 0; lane < t->count; lane++)
+        t->visited[step * TILE + lane] = state_hash(t, lane);
+}
+
+/* Whether the state of a trace at `step` comes again later; hashes first, then the states. */
+static int comes_again(tile *t, int lane, int64_t step) {
+    const recall_model *m = t->model;
+    const recall_call *call = t->call;
+    const int64_t size = m->state_size, row = t->first + lane;
+    const uint64_t *visited = t->visited + lane;
+    for (int64_t later = call->num_steps; later > step; later--) {
+        if (visited[later * TILE] != visited[step * TILE]) continue;
+        int same = 1;
+        for (int64_t i = 0; i < size; i++) {
+            double other = later == call->num_steps
+                               ? written(m, call->start, t->start[lane] + i)
+                               : written(m, call->state, (row * call->num_steps + later) * size + i);
+            same &= other == (double)t->state[i * TILE + lane];
+        }
+        if (same) return 1;
+    }
+    return 0;
+}
+
+/* ---- columns ---- */
+
+/* The state of the tile's first trace at `step` of a column [rows, T, state_size]. */
+static char *column_at(const tile *t, void *column, int64_t step) {
+    int64_t entry = t->model->is_discrete ? sizeof(int64_t) : sizeof(float);
+    return (char *)column + (t->first * t->call->num_steps + step) * t->model->state_size * entry;
+}
+
+/* Asks for the memory that this step will write, while the networks run. */
+static void expect_write(const tile *t, int64_t step) {
+#if defined(__GNUC__)
+    const int64_t bytes = t->model->state_size * (t->model->is_discrete ? 8 : 4);
+    const int64_t stride = t->call->num_steps * bytes;
+    const char *state = column_at(t, t->call->state, step);
+    const char *next = column_at(t, t->call->next_state, step);
+    for (int lane = 0; lane < t->count; lane++) {
+        for (int64_t at = 0; at < bytes; at += 64) {
+            __builtin_prefetch(state + lane * stride + at, 1, 2);
+            if (step) __builtin_prefetch(next + lane * stride - bytes + at, 1, 2);
+        }
+    }
+#else
+    (void)t, (void)step;
+#endif
+}
+
+/* Writes `n` rows of lanes as columns of `to` and of `also`, either of which may be NULL. */
+static void write_floats(const float *rows, int64_t n, int count, float *to, float *also,
+                         int64_t stride) {
+    int lane = 0;
+#if RECALL_ISA
+    for (; lane + 4 <= count; lane += 4, rows += 4) {
+        int64_t i = 0;
+        for (; i + 4 <= n; i += 4) {
+            __m128 row[4];
+            for (int j = 0; j < 4; j++) row[j] = _mm_loadu_ps(rows + (i + j) * TILE);
+            _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+            for (int j = 0; j < 4; j++) {
+                if (to) _mm_storeu_ps(to + (lane + j) * stride + i, row[j]);
+                if (also) _mm_storeu_ps(also + (lane + j) * stride + i, row[j]);
+            }
+        }
+        for (; i < n; i++) {
+            for (int j = 0; j < 4; j++) {
+                if (to) to[(lane + j) * stride + i] = rows[i * TILE + j];
+                if (also) also[(lane + j) * stride + i] = rows[i * TILE + j];
+            }
+        }
+    }
+#endif
+    for (; lane < count; lane++, rows++) {
+        for (int64_t i = 0; i < n; i++) {
+            if (to) to[lane * stride + i] = rows[i * TILE];
+            if (also) also[lane * stride + i] = rows[i * TILE];
+        }
+    }
+}
+
+/* Writes the tile's states to two columns; traces that have left the numbers stay at their start. */
+static void write_states(const tile *t, void *to, void *also) {
+    const recall_model *m = t->model;
+    const int64_t size = m->state_size, stride = t->call->num_steps * size;
+    if (!m->is_discrete) {
+        write_floats(t->state, size, t->count, to, also, stride);
+        for (int lane = 0; lane < t->count; lane++) {
+            const float *start = (const float *)t->call->start + t->start[lane];
+            if (!t->broken[lane]) continue;
+            if (to) memcpy((float *)to + lane * stride, start, (size_t)size * 4);
+            if (also) memcpy((float *)also + lane * stride, start, (size_t)size * 4);
+        }
+        return;
+    }
+    for (int lane = 0; lane < t->count; lane++) {
+        const int64_t *start = (const int64_t *)t->call->start + t->start[lane];
+        for (int64_t i = 0; i < size; i++) {
+            int64_t value = t->broken[lane] ? start[i] : (int64_t)t->state[i * TILE + lane];
+            if (to) ((int64_t *)to)[lane * stride + i] = value;
+            if (also) ((int64_t *)also)[lane * stride + i] = value;
+        }
+    }
+}
+
+/* Writes all that the tile did at a step. */
+static void write_step(tile *t, int64_t step) {
+    const recall_model *m = t->model;
+    const recall_call *call = t->call;
+    const int64_t num_steps = call->num_steps, at = t->first * num_steps + step;
+    const int64_t actions = m->action.size;
+    for (int lane = 0; lane < t->count; lane++) t->broken[lane] |= !(t->check[lane] == 0.0f);
+    write_states(t, column_at(t, call->state, step),
+                 step ? column_at(t, call->next_state, step - 1) : NULL);
+    if (is_gaussian(&m->action)) {
+        float *action = (float *)call->action + at * actions;
+        write_floats(t->action, actions, t->count, action, NULL, num_steps * actions);
+    }
+    for (int lane = 0; lane < t->count; lane++) {
+        const int64_t here = at + lane * num_steps;
+        const int broken = t->broken[lane];
+        call->action_log_prob[here] = broken ? 0.0f : t->action_log_prob[lane];
+        call->delta_log_prob[here] = broken ? 0.0f : t->delta_log_prob[lane];
+        call->mask[here] = !(t->over[lane] | broken);
+        if (!is_gaussian(&m->action)) {
+            ((int64_t *)call->action)[here] = t->action_class[lane];
+        } else if (broken) {
+            memset((float *)call->action + here * actions, 0, (size_t)actions * 4);
+        }
+    }
+    for (int lane = 0; call->last_visit && lane < t->count; lane++) {
+        if (comes_again(t, lane, step)) call->mask[at + lane * num_steps] = 0;
+    }
+}
+
+#endif

@@ -1,0 +1,82 @@
+/* The library's doors: which kernel runs is decided here. */
+#if defined(__linux__)
+#define _DEFAULT_SOURCE
+#include <sys/mman.h>
+#endif
+
+#include "recall.h"
+
+#include "processor.h"
+
+#define KERNEL(isa)                                                                               \
+    int64_t recall_walk_##isa(const recall_model *, const void *, recall_call *);                 \
+    int64_t recall_look_up_##isa(const recall_model *, const void *, recall_call *);              \
+    int64_t recall_table_bytes_##isa(const recall_model *);                                       \
+    int64_t recall_tables_##isa(const recall_model *, const void *, void *);
+KERNEL(0)
+#if RECALL_X86
+KERNEL(256)
+KERNEL(512)
+KERNEL(513)
+#define CHOOSE(set, function, ...)                                                                \
+    switch (set) {                                                                                \
+        case 513: return function##_513(__VA_ARGS__);                                             \
+        case 512: return function##_512(__VA_ARGS__);                                             \
+        case 256: return function##_256(__VA_ARGS__);                                             \
+        default: return function##_0(__VA_ARGS__);                                                \
+    }
+#else
+#define CHOOSE(set, function, ...) return function##_0(__VA_ARGS__);
+#endif
+
+int64_t recall_version(void) { return RECALL_VERSION; }
+
+int64_t recall_instruction_set(void) {
+#if RECALL_X86
+    /* These look at what the operating system saves, too. */
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        return 256;
+    return __builtin_cpu_supports("avx512bf16") ? 513 : 512;
+#else
+    return 0;
+#endif
+}
+
+int64_t recall_table_bytes(const recall_model *model) { return recall_table_bytes_0(model); }
+
+int64_t recall_tables(const recall_model *model, const void *block, void *tables,
+                      int64_t instruction_set) {
+    CHOOSE(instruction_set, recall_tables, model, block, tables)
+}
+
+/* Fresh memory in large pages costs a fraction of the page faults. */
+static void expect(void *memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = (uintptr_t)2 << 20;
+    uintptr_t from = ((uintptr_t)memory + page - 1) & ~(page - 1);
+    uintptr_t to = ((uintptr_t)memory + (uintptr_t)bytes) & ~(page - 1);
+    if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+static void expect_outputs(const recall_model *model, const recall_call *call) {
+    const int64_t steps = call->num_rows * call->num_steps;
+    const int64_t state = steps * model->state_size * (model->is_discrete ? 8 : 4);
+    expect(call->state, state);
+    expect(call->next_state, state);
+}
+
+int64_t recall_walk(const recall_model *model, const void *block, recall_call *call) {
+    expect_outputs(model, call);
+    CHOOSE(call->instruction_set, recall_walk, model, block, call)
+}
+
+int64_t recall_look_up(const recall_model *model, const void *tables, recall_call *call) {
+    expect_outputs(model, call);
+    CHOOSE(call->instruction_set, recall_look_up, model, tables, call)
+}

@@ -1,0 +1,215 @@
+/* A tile of traces on its way back: its working memory and its random numbers. */
+#ifndef RECALL_TILE_H
+#define RECALL_TILE_H
+
+#include <stdlib.h>
+
+#include "layers.h"
+#include "philox.h"
+
+#if defined(_MSC_VER)
+#include <intrin.h>
+static int64_t atomic_add(int64_t *to, int64_t n) { return _InterlockedExchangeAdd64(to, n); }
+#else
+static int64_t atomic_add(int64_t *to, int64_t n) {
+    return __atomic_fetch_add(to, n, __ATOMIC_RELAXED);
+}
+#endif
+
+#define ROUND_UP(n, to) (((n) + (to)-1) / (to) * (to))
+
+/* Rows of TILE numbers each, one number a trace. */
+typedef struct {
+    const recall_model *model;
+    packed_model packed;
+    recall_call *call;
+    philox_keys keys;
+    int64_t first;     /* row of the call */
+    int64_t start[TILE]; /* where a trace's start lies in the call's */
+    int count, lanes;  /* traces, and the same rounded up to whole vectors */
+    float *state;      /* [state_size] */
+    float *features;   /* [dense inputs of the delta network]: state, then action */
+    uint32_t *pairs;   /* the same as operands, for bfloat16 */
+    int32_t *index;    /* [one-hot inputs]: state, then action */
+    float *hidden[2];  /* [max_width] */
+    float *base;       /* [max_width]: bias and one-hot share of a first layer */
+    float *output;     /* [max_width] */
+    float *noise;      /* [max size of a head, rounded up to whole blocks of random numbers] */
+    float *action;     /* [A], in the action's own unit */
+    float *row;        /* [max_width]: one trace's, not a row of TILE */
+    int32_t chosen[TILE]; /* the class of the last draw */
+    int32_t action_class[TILE];
+    float action_log_prob[TILE], delta_log_prob[TILE], check[TILE];
+    uint8_t over[TILE], broken[TILE]; /* the episode has begun; has left the numbers */
+    uint64_t *visited;                /* [T + 1], hashes of states, where last visits are asked */
+    void *memory;
+} tile;
+
+INLINE int is_gaussian(const recall_head *head) { return head->kind <= HEAD_TANH_NORMAL; }
+INLINE int64_t dense_state(const recall_model *m) { return m->is_discrete ? 0 : m->state_size; }
+INLINE int64_t dense_action(const recall_model *m) {
+    return is_gaussian(&m->action) ? m->action.size : 0;
+}
+INLINE int64_t hot_state(const recall_model *m) {
+    return m->is_discrete ? m->state_size + m->has_joint_code : 0;
+}
+
+/* A place in memory that is being laid out; of no memory, for its size alone. */
+static void *take(uintptr_t *cursor, int64_t bytes) {
+    void *place = (void *)*cursor;
+    *cursor += (uintptr_t)ROUND_UP(bytes, 64);
+    return place;
+}
+
+/* Lays the tile's memory out from `start` and returns its end. */
+static uintptr_t place_tile(tile *t, uintptr_t start) {
+    const recall_model *m = t->model;
+    const int64_t of_floats = TILE * sizeof(float), width = t->packed.max_width;
+    int64_t inputs = dense_state(m) + dense_action(m);
+    int64_t size = m->action.size > m->delta.size ? m->action.size : m->delta.size;
+    uintptr_t cursor = start;
+    t->state = take(&cursor, m->state_size * of_floats);
+    t->features = take(&cursor, inputs * of_floats);
+    t->pairs = take(&cursor, (inputs + 1) / 2 * of_floats);
+    t->index = take(&cursor, (hot_state(m) + 1) * of_floats);
+    t->hidden[0] = take(&cursor, width * of_floats);
+    t->hidden[1] = take(&cursor, width * of_floats);
+    t->base = take(&cursor, width * of_floats);
+    t->output = take(&cursor, width * of_floats);
+    t->noise = take(&cursor, ROUND_UP(size, 4) * of_floats);
+    t->action = take(&cursor, m->action.size * of_floats);
+    t->row = take(&cursor, ROUND_UP(width, 16) * (int64_t)sizeof(float));
+    t->visited = take(&cursor, (t->call->num_steps + 1) * TILE * (int64_t)sizeof(uint64_t));
+    return cursor;
+}
+
+static int open_tile(tile *t) {
+    t->memory = malloc((size_t)place_tile(t, 0) + 64);
+    if (!t->memory) return 0;
+    place_tile(t, ROUND_UP((uintptr_t)t->memory, 64));
+    return 1;
+}
+
+/* ---- random numbers ---- */
+
+INLINE vi rows_of(const tile *t, int lane) {
+    uint32_t row[LANES];
+    for (int i = 0; i < LANES; i++) row[i] = (uint32_t)(t->first + lane + i);
+    return vi_load(row);
+}
+
+/* Noise that was given, [T, rows, size], as rows of the tile. */
+static void read_noise(tile *t, const float *given, int64_t size, int64_t step) {
+    const float *from = given + (step * t->call->num_rows + t->first) * size;
+    for (int lane = 0; lane < t->lanes; lane++) {
+        for (int64_t i = 0; i < size; i++) t->noise[i * TILE + lane] = from[i];
+        if (lane + 1 < t->count) from += size; /* lanes beyond repeat the last trace */
+    }
+}
+
+/* Standard normals for `size` features at `noise`; `step` is the index of the output. */
+static void draw_normals(tile *t, int head, int64_t size, int64_t step, const float *given) {
+    if (given) {
+        read_noise(t, given, size, step);
+        return;
+    }
+    vi back = vi_set((uint32_t)(t->call->num_steps - 1 - step));
+    for (int lane = 0; lane < t->lanes; lane += LANES) {
+        vi row = rows_of(t, lane);
+        for (int64_t block = 0; block * 4 < size; block++) {
+            vi word[4];
+            vf z[4];
+            philox(row, back, (uint32_t)head << 16 | (uint32_t)block, &t->keys, word);
+            box_muller(word[0], word[1], &z[0], &z[1]);
+            box_muller(word[2], word[3], &z[2], &z[3]);
+            for (int i = 0; i < 4; i++) v_store(t->noise + (block * 4 + i) * TILE + lane, z[i]);
+        }
+    }
+}
+
+/* Uniform numbers in [0, 1) at the first row of `noise`. */
+static void draw_uniforms(tile *t, int word_index, int64_t step, const float *given) {
+    if (given) {
+        read_noise(t, given, 1, step);
+        return;
+    }
+    vi back = vi_set((uint32_t)(t->call->num_steps - 1 - step));
+    for (int lane = 0; lane < t->lanes; lane += LANES) {
+        vi word[4];
+        philox(rows_of(t, lane), back, HEAD_UNIFORM << 16, &t->keys, word);
+        v_store(t->noise + lane, uniform(word[word_index]));
+    }
+}
+
+/* ---- networks ---- */
+
+/* The state as the networks see it. */
+static void look(tile *t) {
+    const recall_model *m = t->model;
+    if (!m->is_discrete) {
+        for (int64_t i = 0; i < m->state_size; i++) {
+            vf mean = v_set(t->packed.mean[i]);
+            for (int lane = 0; lane < t->lanes; lane += LANES) {
+                int64_t at = i * TILE + lane;
+                v_store(t->features + at, v_sub(v_load(t->state + at), mean));
+            }
+        }
+        return;
+    }
+    for (int lane = 0; lane < t->lanes; lane++) {
+        int64_t joint = 0;
+        for (int64_t i = 0; i < m->state_size; i++) {
+            int32_t value = (int32_t)t->state[i * TILE + lane];
+            joint = joint * m->cardinality[i] + value;
+            t->index[i * TILE + lane] = (int32_t)t->packed.offset[i] + value;
+        }
+        if (m->has_joint_code)
+            t->index[m->state_size * TILE + lane] =
+                (int32_t)(t->packed.offset[m->state_size] + joint);
+    }
+}
+
+/* Bias and share of the one-hot inputs, into `base`; NULL if there are none. */
+static const float *embed(tile *t, const packed_layer *layer, int64_t count) {
+    if (!layer->columns) return NULL;
+    int64_t stride = ROUND_UP(layer->outputs, 16);
+    for (int lane = 0; lane < t->lanes; lane++) {
+        for (int64_t j = 0; j < layer->outputs; j += LANES) {
+            vf sum = v_load(layer->bias + j);
+            for (int64_t i = 0; i < count; i++) {
+                const float *column = layer->columns + t->index[i * TILE + lane] * stride;
+                sum = v_add(sum, v_load(column + j));
+            }
+            v_store(t->row + j, sum);
+        }
+        for (int64_t j = 0; j < layer->outputs; j++) t->base[j * TILE + lane] = t->row[j];
+    }
+    return t->base;
+}
+
+/* Runs a network on the tile's features and leaves its output at `output`. */
+static void run(tile *t, int which, int64_t num_hot) {
+    const packed_network *network = &t->packed.network[which];
+    const operand *in = (const operand *)t->features;
+#if RECALL_BFLOAT16
+    int64_t inputs = network->layer[0].inputs;
+    for (int64_t i = 0; i < inputs; i += 2) {
+        for (int lane = 0; lane < t->lanes; lane += LANES) {
+            const float *even = t->features + i * TILE + lane;
+            vf odd = i + 1 < inputs ? v_load(even + TILE) : v_set(0.0f);
+            vi_store(t->pairs + i / 2 * TILE + lane, to_pairs(v_load(even), odd));
+        }
+    }
+    in = t->pairs;
+#endif
+    for (int64_t i = 0; i < network->num_layers; i++) {
+        const packed_layer *layer = &network->layer[i];
+        int is_last = i + 1 == network->num_layers;
+        float *out = is_last ? t->output : t->hidden[i % 2];
+        const float *base = i == 0 ? embed(t, layer, num_hot) : NULL;
+        dense(network, layer, is_last, in, base, out, t->lanes);
+        in = (const operand *)out;
+    }
+}
+
+#endif

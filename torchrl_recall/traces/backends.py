@@ -1,0 +1,214 @@
+"""Which backends there are, and which one walks: the only place that knows them all."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from torchrl_recall.model import BacktrackModel
+from torchrl_recall.native import interface
+from torchrl_recall.traces import eager, native, operator, table
+from torchrl_recall.traces.columns import Columns
+from torchrl_recall.traces.noise import TraceNoise
+from torchrl_recall.traces.tiles import tiled_walk
+from torchrl_recall.traces.walk import Walk, reference_walk
+
+Backend = Literal["auto", "reference", "eager", "table", "native"]
+Precision = Literal["float32", "bfloat16"]
+BACKENDS, PRECISIONS = get_args(Backend), get_args(Precision)
+
+
+_Kind = Callable[[BacktrackModel], Callable[[Tensor, TraceNoise], Walk]]
+_KINDS: dict[str, _Kind] = {
+    "reference": lambda model: partial(reference_walk, model),
+    "eager": eager.EagerWalk,
+    "table": table.TableWalk,
+}
+_UNSUPPORTED: dict[str, Callable[[BacktrackModel], str | None]] = {
+    "reference": lambda model: None,
+    "eager": eager.unsupported,
+    "table": table.unsupported,
+}
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can be used on this machine.
+
+    Attributes:
+        available (bool): whether it can.
+        detail (str): with what, or why not.
+    """
+
+    available: bool
+    detail: str
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Tell which backends of `sample_traces` this machine has, and why it lacks the others.
+
+    Returns:
+        dict: a `BackendStatus` for each name that ``backend`` may have.
+
+    Examples:
+        >>> from torchrl_recall.traces import backends
+        >>> backends()["eager"]
+        BackendStatus(available=True, detail='torch operations')
+    """
+    library, reason = interface.load()
+    if library is None:
+        in_c = BackendStatus(False, str(reason))
+    else:
+        instructions = interface.INSTRUCTION_SETS[int(library.recall_instruction_set())]
+        in_c = BackendStatus(True, f"C kernel with {instructions}")
+    return {
+        "native": in_c,
+        "table": BackendStatus(True, "torch operations, for states that can be counted"),
+        "eager": BackendStatus(True, "torch operations"),
+        "reference": BackendStatus(True, "torch operations, written to be read"),
+    }
+
+
+class Request(NamedTuple):
+    """What to walk.
+
+    Attributes:
+        model (BacktrackModel): the model.
+        start (Tensor): ``[S, size]`` flat states.
+        num_traces (int): traces from each.
+        num_steps (int): length of the traces.
+        generator (torch.Generator or None): source of randomness.
+        noise (TraceNoise or None): the random numbers themselves.
+        last_visit (bool): mask steps whose state comes again.
+        precision (str): least precision of the networks' products.
+    """
+
+    model: BacktrackModel
+    start: Tensor
+    num_traces: int
+    num_steps: int
+    generator: torch.Generator | None
+    noise: TraceNoise | None
+    last_visit: bool
+    precision: Precision
+
+
+def walk(request: Request, backend: Backend) -> Columns:
+    """Walk with a backend, or with the best one that can.
+
+    Args:
+        request (Request): what to walk.
+        backend (str): a backend's name, or ``"auto"``.
+
+    Returns:
+        Columns: ``[S * num_traces, T]``.
+
+    Raises:
+        ValueError: a forced backend that cannot run the model, or an unknown one.
+    """
+    if backend in ("auto", "native"):
+        if torch.compiler.is_compiling():
+            reason = operator.why_not(request.model)
+            if reason is None:
+                return _in_graph(request)
+        else:
+            plan = native.plan_of(request.model, request.precision == "bfloat16")
+            if not isinstance(plan, str):
+                return _natively(request, plan)
+            reason = plan
+        if backend == "native":
+            raise _refusal("native", reason)
+        return _in_torch(request, reason)
+    if backend not in _KINDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
+    reason = _UNSUPPORTED[backend](request.model)
+    if reason is not None:
+        raise _refusal(backend, reason)
+    return _tiled(request, _KINDS[backend])
+
+
+def _refusal(name: str, reason: str) -> ValueError:
+    return ValueError(f"backend={name!r} cannot run this model: {reason}.")
+
+
+def _natively(request: Request, plan: native.Plan) -> Columns:
+    seed = 0
+    if request.noise is None:
+        seed = int(torch.empty((), dtype=torch.int64).random_(generator=request.generator))
+    return native.walk(
+        plan,
+        request.start,
+        request.num_traces,
+        request.num_steps,
+        seed=seed,
+        noise=request.noise,
+        last_visit=request.last_visit,
+    )
+
+
+def _in_graph(request: Request) -> Columns:
+    return operator.walk_in_graph(
+        request.model,
+        request.start,
+        request.num_traces,
+        request.num_steps,
+        generator=request.generator,
+        noise=request.noise,
+        last_visit=request.last_visit,
+        bfloat16=request.precision == "bfloat16",
+    )
+
+
+def _in_torch(request: Request, reason: str) -> Columns:
+    """Walk with the quickest torch backend; `reason` is why not natively."""
+    model = request.model
+    rows = 2 * len(request.start) * request.num_traces * request.num_steps
+    if table.unsupported(model) is None and table.num_evaluations(model) <= rows:
+        name: Backend = "table"
+    else:
+        slow = eager.unsupported(model)
+        name = "eager" if slow is None else "reference"
+        reason = slow or reason
+    # That a dtype or a device has other backends is no news.
+    if not torch.compiler.is_compiling() and (name == "reference" or native.not_for(model) is None):
+        _warn_once(model, name, reason)
+    return _tiled(request, _KINDS[name])
+
+
+def _tiled(request: Request, kind: _Kind) -> Columns:
+    with torch.no_grad():
+        step_back = kind(request.model)
+    return tiled_walk(
+        step_back,
+        request.model,
+        request.start,
+        request.num_traces,
+        request.num_steps,
+        generator=request.generator,
+        noise=request.noise,
+        last_visit=request.last_visit,
+    )
+
+
+_warned: weakref.WeakKeyDictionary[BacktrackModel, set[str]] = weakref.WeakKeyDictionary()
+_warned_of_library = False
+
+
+def _warn_once(model: BacktrackModel, name: str, reason: str) -> None:
+    """Say once that walking is slower than it could be: for a model, or for the machine."""
+    global _warned_of_library
+    if interface.load()[1] == reason:
+        if _warned_of_library:
+            return
+        _warned_of_library = True
+    else:
+        known = _warned.setdefault(model, set())
+        if reason in known:
+            return
+        known.add(reason)
+    warnings.warn(f"sample_traces falls back to the {name} backend: {reason}.", stacklevel=6)

@@ -1,0 +1,165 @@
+"""A model as plain data: a layout, which compares and serialises as a string, and live tensors.
+
+What the native library and the operator know of a `BacktrackModel`: everything that is not a
+tensor's value is in the layout, everything that is comes from the tensors, in a fixed order.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchrl_recall.heads import CategoricalHead, GaussianHead, NormalHead, SupportDelta
+from torchrl_recall.model import BacktrackModel
+from torchrl_recall.native import interface
+from torchrl_recall.traces import eager
+
+NETWORKS = ("action_network", "delta_network", "stop_network")
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.ELU: "elu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+    nn.Softplus: "softplus",
+    nn.Mish: "mish",
+}
+
+
+def unsupported(model: BacktrackModel) -> str | None:
+    """Say why a model has no layout that the native library can run, or None if it has."""
+    reason = eager.unsupported(model)
+    if reason is not None:
+        return reason
+    for name in NETWORKS:
+        network = getattr(model, name)
+        layers = [] if network is None else list(network)
+        if len(layers) // 2 + 1 > interface.MAX_LAYERS:
+            return f"{name} has more than {interface.MAX_LAYERS} Linear layers"
+        for layer in layers[1::2]:
+            if _activation(layer) is None:
+                return f"{name} has the activation {layer}"
+    if any(not tensor.is_contiguous() for tensor in live_tensors(model)):
+        return "a parameter or statistic is not contiguous"
+    if model.observation.is_discrete and model.observation.num_states >= 2**53:
+        return "there are 2^53 states or more"
+    if model.observation.is_discrete and max(model.observation.cardinality) >= 2**24:
+        return "a coordinate has 2^24 values or more"
+    return None
+
+
+def live_holders(model: BacktrackModel) -> list[dict[str, Tensor]]:
+    """Return the modules' own dictionaries that hold the layout's tensors, in its order."""
+    found: list[Any] = []
+    for name in NETWORKS:
+        network = getattr(model, name)
+        if network is not None:
+            found += [layer._parameters for layer in network.children()]
+    for part in (model.observation, model.action.head, model.delta_head):
+        found.append(getattr(part, "normalizer", None) or part)
+        found[-1] = found[-1]._buffers
+    return found
+
+
+def live_tensors(model: BacktrackModel) -> list[Tensor]:
+    """Return the tensors of a model in the layout's order."""
+    return [tensor for holder in live_holders(model) for tensor in holder.values()]
+
+
+def layout_of(model: BacktrackModel) -> str:
+    """Return all of a model but its tensors' values, as JSON.
+
+    Args:
+        model (BacktrackModel): one that is not `unsupported`.
+
+    Returns:
+        str: the same for models of the same form.
+    """
+    codec = model.observation
+    parts = {
+        "observation": codec if codec.normalizer is None else codec.normalizer,
+        "action": model.action.head,
+        "delta": model.delta_head,
+    }
+    for name in ("action", "delta"):
+        parts[name] = getattr(parts[name], "normalizer", parts[name])
+    head = model.delta_head
+    return json.dumps(
+        {
+            "networks": [_network(getattr(model, name)) for name in NETWORKS],
+            "buffers": {name: list(part._buffers) for name, part in parts.items()},
+            "action": _head(model.action.head),
+            "delta": _head(head),
+            "state_size": codec.size,
+            "feature_size": codec.feature_size,
+            "is_discrete": codec.is_discrete,
+            "has_joint_code": codec.is_discrete and codec.has_joint_code,
+            "cardinality": codec.cardinality,
+            "floor": 0.0 if codec.normalizer is None else codec.normalizer.floor,
+            "has_dead_ends": isinstance(head, SupportDelta) and head.has_dead_ends,
+        }
+    )
+
+
+@lru_cache(maxsize=64)
+def parse(layout: str) -> dict[str, Any]:
+    """Return what `layout_of` wrote."""
+    return json.loads(layout)
+
+
+def named_tensors(layout: str, tensors: list[Tensor]) -> dict[str, Any]:
+    """Return live tensors by name: ``networks`` as pairs of weight and bias, buffers by part."""
+    form, rest = parse(layout), iter(tensors)
+    networks = [
+        [] if network is None else [(next(rest), next(rest)) for _ in network["widths"][1:]]
+        for network in form["networks"]
+    ]
+    buffers = {
+        part: {name: next(rest) for name in names} for part, names in form["buffers"].items()
+    }
+    return {"networks": networks, **buffers}
+
+
+def _network(network: nn.Module | None) -> dict[str, Any] | None:
+    if network is None:
+        return None
+    layers: Any = list(network.children())
+    activation = _activation(layers[1]) if len(layers) > 1 else ("identity", 1.0)
+    assert activation is not None
+    widths = [layers[0].in_features, *(layer.out_features for layer in layers[::2])]
+    return {"widths": widths, "activation": activation[0], "slope": activation[1]}
+
+
+def _activation(layer: nn.Module) -> tuple[str, float] | None:
+    name, slope = _ACTIVATIONS.get(type(layer)), 1.0
+    if isinstance(layer, nn.LeakyReLU):
+        slope = float(layer.negative_slope)
+    elif isinstance(layer, nn.ELU):
+        slope = float(layer.alpha)
+    elif isinstance(layer, nn.GELU) and layer.approximate == "tanh":
+        name = "gelu_tanh"
+    elif isinstance(layer, nn.Softplus) and (layer.beta, layer.threshold) != (1, 20):
+        return None
+    return None if name is None else (name, slope)
+
+
+def _head(head: nn.Module) -> dict[str, Any]:
+    if isinstance(head, CategoricalHead):
+        kind = interface.SUPPORT if isinstance(head, SupportDelta) else interface.CLASS
+        return {"kind": kind, "size": head.output_size}
+    assert isinstance(head, GaussianHead)
+    low, high = head.log_scale_range
+    normal = isinstance(head, NormalHead)
+    return {
+        "kind": interface.NORMAL if normal else interface.TANH_NORMAL,
+        "size": head.size,
+        "low": low,
+        "width": high - low,
+        "floor": head.normalizer.floor if normal else 0.0,
+    }

@@ -1,0 +1,328 @@
+"""The native backend: the walk in C, for float32 models on the CPU.
+
+A `Plan` describes a model to the library by pointers to its live parameters, and owns the packed
+form of their values. Before each walk the library compares the packed form's copy with the live
+values, so a plan is never stale, however a parameter was written (an optimizer, ``.data``, NumPy).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchrl_recall.model import BacktrackModel
+from torchrl_recall.native import interface
+from torchrl_recall.traces.columns import BadStart, Columns
+from torchrl_recall.traces.layout import (
+    NETWORKS,
+    layout_of,
+    live_holders,
+    live_tensors,
+    named_tensors,
+    parse,
+    unsupported,
+)
+from torchrl_recall.traces.noise import TraceNoise
+
+# Multiply-adds below which a further thread costs more than it gives.
+WORK_OF_A_THREAD = 20_000_000
+# Multiply-adds that take as long as a step by tables.
+LOOK_UP_WORK = 2_000
+# Probabilities of changes in a table, beyond which it is not worth its memory.
+MAX_TABLE = 2**21
+
+
+class Plan:
+    """A model as the library reads it.
+
+    Args:
+        layout (str): of `layout_of`.
+        tensors (list of Tensor): of `live_tensors`, float32 on the CPU, contiguous.
+        bfloat16 (bool): multiply in bfloat16, where the processor can.
+    """
+
+    def __init__(self, layout: str, tensors: list[Tensor], bfloat16: bool) -> None:
+        library, reason = interface.load()
+        if library is None:
+            raise RuntimeError(f"the native backend is not there: {reason}")
+        self.library = library
+        # Held, so that no other tensor can come to lie at their addresses.
+        self.tensors = tensors
+        self.addresses = [tensor.data_ptr() for tensor in tensors]
+        self.constants: list[Tensor] = []
+        self.instruction_set = min(int(library.recall_instruction_set()), 513 if bfloat16 else 512)
+        form, named = parse(layout), named_tensors(layout, tensors)
+        self.state_size: int = form["state_size"]
+        self.state_dtype = torch.int64 if form["is_discrete"] else torch.float32
+        by_class = form["action"]["kind"] == interface.CLASS
+        self.action_size: int | None = None if by_class else form["action"]["size"]
+        self.num_evaluations = 0  # of networks, for tables; 0 if there can be none
+        if form["is_discrete"] and by_class:
+            num_states = math.prod(form["cardinality"])
+            size = num_states * form["action"]["size"] * form["delta"]["size"]
+            if size <= MAX_TABLE:
+                self.num_evaluations = num_states * (1 + form["action"]["size"])
+        self.macs = sum(w.numel() for pairs in named["networks"] for w, _ in pairs)
+        self.described = self._describe(form, named)
+        self.address = ctypes.byref(self.described)
+        self.block = self._pack()
+        # The tables, beside the packed values that they were made of.
+        self.tables: tuple[Tensor, Tensor] | None = None
+
+    def _describe(self, form: dict[str, Any], named: dict[str, Any]) -> interface.Model:
+        described = interface.Model(
+            action=_head(form["action"], named["action"]),
+            delta=_head(form["delta"], named["delta"]),
+            is_bfloat16=self.instruction_set == 513,
+            **{
+                name: form[name]
+                for name in (
+                    "state_size",
+                    "feature_size",
+                    "is_discrete",
+                    "has_joint_code",
+                    "floor",
+                    "has_dead_ends",
+                )
+            },
+        )
+        for place, network, layers in zip(
+            described.network, form["networks"], named["networks"], strict=True
+        ):
+            if network is None:
+                continue
+            place.num_layers = len(layers)
+            place.activation = interface.ACTIVATIONS.index(network["activation"])
+            place.slope = network["slope"]
+            for i, width in enumerate(network["widths"]):
+                place.width[i] = width
+            for i, (weight, bias) in enumerate(layers):
+                place.weight[i], place.bias[i] = weight.data_ptr(), bias.data_ptr()
+        if form["is_discrete"]:
+            described.cardinality = self._keep(torch.tensor(form["cardinality"]))
+        else:
+            described.mean = named["observation"]["mean"].data_ptr()
+            described.variance = named["observation"]["variance"].data_ptr()
+        if form["delta"]["kind"] == interface.SUPPORT:
+            described.support, described.lowest, described.highest = (
+                self._keep(named["delta"][name].float()) for name in ("support", "low", "high")
+            )
+        return described
+
+    def _keep(self, tensor: Tensor) -> int:
+        self.constants.append(tensor)
+        return tensor.data_ptr()
+
+    def _pack(self) -> Tensor:
+        block = _aligned(self.library.recall_packed_bytes(self.address))
+        self.library.recall_pack(self.address, block.data_ptr())
+        return block
+
+    def current_block(self) -> Tensor:
+        """Return the packed values; a walk in another thread may still hold earlier ones."""
+        block = self.block
+        if not self.library.recall_is_current(self.address, block.data_ptr()):
+            self.block = block = self._pack()
+        return block
+
+    def tables_for(self, block: Tensor, num_steps: int) -> Tensor | None:
+        """Return tables of the packed values if they cost less than to walk without.
+
+        Args:
+            block (Tensor): of `current_block`.
+            num_steps (int): steps to be walked, of all traces.
+        """
+        if self.tables is not None and self.tables[0] is block:
+            return self.tables[1]
+        if not 0 < self.num_evaluations <= 2 * num_steps:
+            return None
+        tables = _aligned(self.library.recall_table_bytes(self.address))
+        _check(
+            self.library.recall_tables(
+                self.address, block.data_ptr(), tables.data_ptr(), self.instruction_set
+            )
+        )
+        self.tables = block, tables
+        return tables
+
+    def columns(self, num_rows: int, num_steps: int) -> Columns:
+        """Return columns with memory but without values."""
+        state = torch.empty((num_rows, num_steps, self.state_size), dtype=self.state_dtype)
+        if self.action_size is None:
+            action = torch.empty((num_rows, num_steps), dtype=torch.int64)
+        else:
+            action = torch.empty((num_rows, num_steps, self.action_size), dtype=torch.float32)
+        log_prob = torch.empty((num_rows, num_steps), dtype=torch.float32)
+        mask = torch.empty((num_rows, num_steps), dtype=torch.bool)
+        return Columns(
+            state, torch.empty_like(state), action, log_prob, torch.empty_like(log_prob), mask
+        )
+
+    def watch(self, model: BacktrackModel) -> None:
+        """Remember where the model keeps what the plan points to."""
+        networks: Any = [getattr(model, name) for name in NETWORKS]
+        holders: Any = [model, *(network for network in networks if network is not None)]
+        self.modules = [(holder._modules, list(holder._modules.values())) for holder in holders]
+        self.holders = live_holders(model)
+        layers: Any = [layer for network in holders[1:] for layer in network.children()]
+        self.hooks = [
+            h for layer in layers for h in (layer._forward_hooks, layer._forward_pre_hooks)
+        ]
+
+    def is_current(self) -> bool:
+        """Return whether the watched model still has the tensors that the plan points to."""
+        for holder, modules in self.modules:
+            if list(holder.values()) != modules:
+                return False
+        if any(self.hooks):
+            return False
+        return [t.data_ptr() for holder in self.holders for t in holder.values()] == self.addresses
+
+
+def _head(form: dict[str, Any], buffers: dict[str, Tensor]) -> interface.Head:
+    head = interface.Head(**form)
+    if form["kind"] == interface.NORMAL:
+        head.mean, head.spread = buffers["mean"].data_ptr(), buffers["variance"].data_ptr()
+    elif form["kind"] == interface.TANH_NORMAL:
+        head.mean, head.spread = buffers["middle"].data_ptr(), buffers["half_range"].data_ptr()
+    return head
+
+
+def _aligned(size: int) -> Tensor:
+    """Return ``size`` bytes that begin at a cache line."""
+    memory = torch.empty(size + 64, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % 64 :][:size]
+
+
+def not_for(model: BacktrackModel) -> str | None:
+    """Say why this backend is not meant for a model's dtype and device, or None if it is."""
+    if model.dtype != torch.float32:
+        return f"the model has dtype {model.dtype}, expected torch.float32"
+    if model.device.type != "cpu":
+        return f"the model is on {model.device}, expected the CPU"
+    return None
+
+
+_plans: tuple[weakref.WeakKeyDictionary[BacktrackModel, Plan], ...] = (
+    weakref.WeakKeyDictionary(),
+    weakref.WeakKeyDictionary(),
+)
+
+
+def plan_of(model: BacktrackModel, bfloat16: bool = False) -> Plan | str:
+    """Return a model's plan, or the reason why this backend cannot run it.
+
+    Args:
+        model (BacktrackModel): the model, as it is now.
+        bfloat16 (bool): multiply in bfloat16, where the processor can.
+
+    Returns:
+        Plan or str: kept from call to call while the model has the same tensors.
+    """
+    plan = _plans[bfloat16].get(model)
+    if plan is not None:
+        if plan.is_current():
+            return plan
+        del _plans[bfloat16][model]
+    reason = interface.load()[1] or not_for(model) or unsupported(model)
+    if reason is not None:
+        return reason
+    plan = Plan(layout_of(model), live_tensors(model), bfloat16)
+    plan.watch(model)
+    _plans[bfloat16][model] = plan
+    return plan
+
+
+def walk(
+    plan: Plan,
+    start: Tensor,
+    num_traces: int,
+    num_steps: int,
+    *,
+    seed: int = 0,
+    noise: TraceNoise | None = None,
+    last_visit: bool = False,
+) -> Columns:
+    """Walk back from states.
+
+    Args:
+        plan (Plan): the model.
+        start (Tensor): ``[S, size]`` states, float32 or int64.
+        num_traces (int): traces from each start.
+        num_steps (int): length ``T`` of the traces.
+        seed (int): key of the random numbers, 64 bits.
+        noise (TraceNoise, optional): the random numbers themselves, float32.
+        last_visit (bool): mask steps whose state comes again.
+
+    Returns:
+        Columns: ``[S * num_traces, T]``.
+
+    Raises:
+        BadStart: a start is not finite, or no state of the model.
+        ValueError: every first step back is not finite.
+        MemoryError: no memory for the walk.
+    """
+    num_rows = len(start) * num_traces
+    start = start.contiguous()
+    columns, block = plan.columns(num_rows, num_steps), plan.current_block()
+    given = [0, 0, 0]
+    if noise is not None:
+        noise = TraceNoise(*(part if part is None else part.contiguous() for part in noise))  # pyright: ignore
+        given = [0 if part is None else part.data_ptr() for part in noise]
+    call = interface.Call(
+        num_rows,
+        len(start),
+        num_traces,
+        num_steps,
+        start.data_ptr(),
+        seed,
+        *given,
+        *[column.data_ptr() for column in columns],
+        last_visit,
+        plan.instruction_set,
+    )
+    function, source = plan.library.recall_walk, block
+    work = num_rows * num_steps * plan.macs
+    if plan.num_evaluations:
+        tables = plan.tables_for(block, num_rows * num_steps)
+        if tables is not None:
+            function, source = plan.library.recall_look_up, tables
+            work = num_rows * num_steps * LOOK_UP_WORK
+    arguments = plan.address, source.data_ptr(), ctypes.addressof(call)
+    threads = min(torch.get_num_threads(), work // WORK_OF_A_THREAD)
+    _check(function(*arguments) if threads <= 1 else _in_threads(function, arguments, threads))
+    if call[interface.BAD_STARTS]:
+        raise BadStart("next_observation must be finite and within the model's classes.")
+    if not call[interface.FINITE_ROWS]:
+        raise ValueError(
+            "model gives NaN or infinite numbers for every step back from finite states; "
+            "expected finite parameters and statistics, and states of the data's own size."
+        )
+    return columns
+
+
+def _check(status: int) -> None:
+    if status != interface.OK:
+        raise MemoryError("no memory for the walk.")
+
+
+def _in_threads(function: Any, arguments: tuple, threads: int) -> int:
+    """Run the same call in several threads, which share its tiles; ctypes lets them run."""
+    statuses: list[int] = []
+    # Made for the call: nothing to keep alive, or to lose in a fork, for some 50 microseconds.
+    others = [
+        threading.Thread(target=lambda: statuses.append(function(*arguments)), daemon=True)
+        for _ in range(threads - 1)
+    ]
+    for other in others:
+        other.start()
+    statuses.append(function(*arguments))
+    for other in others:
+        other.join()
+    return max(statuses)

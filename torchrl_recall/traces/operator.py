@@ -1,0 +1,109 @@
+"""``torchrl_recall::walk``: the native walk as an operator, for `torch.compile` and `torch.export`.
+
+Outside of a compiled graph `sample_traces` calls the walk directly: an operator costs more than a
+small walk. A saved program holds the layout as a string and needs this library to run.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from torchrl_recall.model import BacktrackModel
+from torchrl_recall.native import interface
+from torchrl_recall.traces.columns import Columns
+from torchrl_recall.traces.layout import layout_of, live_tensors, parse, unsupported
+from torchrl_recall.traces.native import Plan, not_for, walk
+from torchrl_recall.traces.noise import TraceNoise
+
+_SCHEMA = (
+    "(Tensor start, Tensor seed, Tensor[] noise, Tensor[] tensors, str layout, SymInt num_traces, "
+    "SymInt num_steps, bool last_visit, bool bfloat16) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_MAX_PLANS = 16
+_plans: OrderedDict[tuple, Plan] = OrderedDict()
+
+
+@torch.library.custom_op("torchrl_recall::walk", mutates_args=(), schema=_SCHEMA)
+def _walk(start, seed, noise, tensors, layout, num_traces, num_steps, last_visit, bfloat16):
+    key = (layout, bfloat16, *[tensor.data_ptr() for tensor in tensors])
+    plan = _plans.pop(key, None)
+    if plan is None:
+        plan = Plan(layout, [tensor.detach() for tensor in tensors], bfloat16)
+    _plans[key] = plan
+    while len(_plans) > _MAX_PLANS:
+        _plans.popitem(last=False)
+    given = TraceNoise(*noise, *[None] * (3 - len(noise))) if noise else None
+    return tuple(
+        walk(
+            plan,
+            start,
+            num_traces,
+            num_steps,
+            seed=int(seed),
+            noise=given,
+            last_visit=last_visit,
+        )
+    )
+
+
+@_walk.register_fake
+def _fake(start, seed, noise, tensors, layout, num_traces, num_steps, last_visit, bfloat16):
+    form = parse(layout)
+    rows = start.shape[0] * num_traces
+    state = start.new_empty(rows, num_steps, form["state_size"])
+    if form["action"]["kind"] == interface.CLASS:
+        action = start.new_empty(rows, num_steps, dtype=torch.int64)
+    else:
+        action = start.new_empty(rows, num_steps, form["action"]["size"], dtype=torch.float32)
+    log_prob = start.new_empty(rows, num_steps, dtype=torch.float32)
+    mask = start.new_empty(rows, num_steps, dtype=torch.bool)
+    return (
+        state,
+        torch.empty_like(state),
+        action,
+        log_prob,
+        torch.empty_like(log_prob),
+        mask,
+    )
+
+
+@torch.compiler.assume_constant_result
+def why_not(model: BacktrackModel) -> str | None:
+    """Say why the operator cannot run a model, or None if it can."""
+    return interface.load()[1] or not_for(model) or unsupported(model)
+
+
+_constant_layout = torch.compiler.assume_constant_result(layout_of)
+
+
+def walk_in_graph(
+    model: BacktrackModel,
+    start: Tensor,
+    num_traces: int,
+    num_steps: int,
+    *,
+    generator: torch.Generator | None,
+    noise: TraceNoise | None,
+    last_visit: bool,
+    bfloat16: bool,
+) -> Columns:
+    """Walk back from states, as a node of the graph that is being traced; see `native.walk`."""
+    seed = torch.randint(0, 2**63 - 1, (), generator=generator)
+    given = [] if noise is None else [part for part in noise if part is not None]
+    return Columns(
+        *_walk(
+            start,
+            seed,
+            given,
+            live_tensors(model),
+            _constant_layout(model),
+            num_traces,
+            num_steps,
+            last_visit,
+            bfloat16,
+        )
+    )
