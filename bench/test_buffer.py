@@ -1,6 +1,7 @@
 """Replay buffer: what traces cost in a sample, and a draw of `ValuePrioritizedSampler`.
 
-The buffer case has size M of the traces: 1024 transitions, 16 steps, networks of width 256.
+The buffer case has size M of the traces: 1024 transitions, 16 steps, networks of width 256. A whole
+sample may cost `BAR` times as much as its traces.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, PrioritizedSampler, TensorDictReplayBuffer
 
-from bench.test_traces import SIZES
+from bench.cases import SIZES
 from torchrl_recall import (
     BacktrackModel,
     BacktrackTransform,
@@ -23,6 +24,9 @@ from torchrl_recall import (
 CAPACITY = 10_000
 LARGE = 1_000_000
 DRAWS = 256
+BAR = 1.15
+
+pytestmark = pytest.mark.usefixtures("cpu_only")
 
 
 def test_sample(take_turns: Callable) -> None:
@@ -52,15 +56,17 @@ def test_sample(take_turns: Callable) -> None:
     recall = buffer(BacktrackTransform(model, num_steps=size.num_steps))
     plain = buffer(None)
     start = data["next", "observation"][: size.rows]
-    take_turns(
+    record = take_turns(
         "buffer, sample",
         {
-            "with traces": recall.sample,
             "sample_traces alone": lambda: sample_traces(model, start, num_steps=size.num_steps),
+            "with traces": recall.sample,
             "without traces": plain.sample,
         },
         rounds=15,
+        bar={"with traces": BAR},
     )
+    assert record["ratios"]["with traces"] <= BAR
     batch = recall.sample()
     assert batch["trace"].shape == (size.rows, size.num_steps)
     assert bool(torch.isfinite(batch["trace", "observation"]).all())

@@ -23,6 +23,8 @@ OBSERVATION, ACTION, WIDTH = 17, 6, 256
 TRACES, STEPS = 256, 8
 ROUNDS = 40
 
+pytestmark = pytest.mark.usefixtures("cpu_only")
+
 
 def build_model() -> BacktrackModel:
     """Return the backtracking model of the case."""

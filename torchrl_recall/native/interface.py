@@ -7,7 +7,8 @@ headers, so it neither breaks with torch's ABI nor takes long to build.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+import os
+from ctypes import POINTER, Structure, c_float, c_int64, c_uint32, c_uint64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,7 +31,12 @@ NORMAL, TANH_NORMAL, CLASS, SUPPORT = range(4)
 OK, NO_MEMORY = 0, 1
 # What `instruction_set` gives: the widest that the processor has.
 INSTRUCTION_SETS = {0: "portable", 256: "AVX2", 512: "AVX-512", 513: "AVX-512 with bfloat16"}
-LIBRARY = Path(__file__).parent / "librecall.so"
+LIBRARY = Path(__file__).with_name("librecall.dll" if os.name == "nt" else "librecall.so")
+# Philox4x32-10 of one counter, computed in Python's integers (`tests/philox_stream.py`).
+KNOWN_COUNTER, KNOWN_SEED = (0x243F6A88, 0x85A308D3, 0x13198A2E), 0x299F31D0A4093822
+KNOWN_WORDS = (0xAE120E9D, 0xA08A4CAB, 0xD28EC6A2, 0x42D73C1F)
+# For tests of the library: another build of it.
+LIBRARY = Path(os.environ.get("TORCHRL_RECALL_LIBRARY", LIBRARY))
 
 
 class Network(Structure):
@@ -134,6 +140,7 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
     for name, arguments in {
         "recall_version": [],
         "recall_instruction_set": [],
+        "recall_words": [c_int64, c_uint32 * 3, c_uint64, c_uint32 * 4],
         "recall_packed_bytes": [POINTER(Model)],
         "recall_pack": [POINTER(Model), c_void_p],
         "recall_is_current": [POINTER(Model), c_void_p],
@@ -145,4 +152,15 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, c_int64
     library.recall_pack.restype = None
+    widest = library.recall_instruction_set()
+    for instructions in (one for one in INSTRUCTION_SETS if one <= widest):
+        # Compilers have got this wrong, and wrong random numbers go unnoticed.
+        words = (c_uint32 * 4)()
+        counter = (c_uint32 * 3)(*KNOWN_COUNTER)
+        library.recall_words(instructions, counter, KNOWN_SEED, words)
+        if tuple(words) != KNOWN_WORDS:
+            return None, (
+                f"{LIBRARY.name} draws wrong random numbers with {INSTRUCTION_SETS[instructions]}: "
+                "its compiler made an error; build it with another"
+            )
     return library, None

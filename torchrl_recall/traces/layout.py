@@ -60,7 +60,7 @@ def live_holders(model: BacktrackModel) -> list[dict[str, Tensor]]:
     for name in NETWORKS:
         network = getattr(model, name)
         if network is not None:
-            found += [layer._parameters for layer in network.children()]
+            found += [layer._parameters for layer in network._modules.values()]
     for part in (model.observation, model.action.head, model.delta_head):
         found.append(getattr(part, "normalizer", None) or part)
         found[-1] = found[-1]._buffers
@@ -129,7 +129,7 @@ def named_tensors(layout: str, tensors: list[Tensor]) -> dict[str, Any]:
 def _network(network: nn.Module | None) -> dict[str, Any] | None:
     if network is None:
         return None
-    layers: Any = list(network.children())
+    layers: Any = list(network._modules.values())
     activation = _activation(layers[1]) if len(layers) > 1 else ("identity", 1.0)
     assert activation is not None
     widths = [layers[0].in_features, *(layer.out_features for layer in layers[::2])]

@@ -170,7 +170,7 @@ class Plan:
         holders: Any = [model, *(network for network in networks if network is not None)]
         self.modules = [(holder._modules, list(holder._modules.values())) for holder in holders]
         self.holders = live_holders(model)
-        layers: Any = [layer for network in holders[1:] for layer in network.children()]
+        layers: Any = [layer for network in holders[1:] for layer in network._modules.values()]
         self.hooks = [
             h for layer in layers for h in (layer._forward_hooks, layer._forward_pre_hooks)
         ]

@@ -93,13 +93,14 @@ def walk_in_graph(
 ) -> Columns:
     """Walk back from states, as a node of the graph that is being traced; see `native.walk`."""
     seed = torch.randint(0, 2**63 - 1, (), generator=generator)
-    given = [] if noise is None else [part for part in noise if part is not None]
+    # Traces carry no gradient, to nothing.
+    given = [] if noise is None else [part.detach() for part in noise if part is not None]
     return Columns(
         *_walk(
-            start,
+            start.detach(),
             seed,
             given,
-            live_tensors(model),
+            [tensor.detach() for tensor in live_tensors(model)],
             _constant_layout(model),
             num_traces,
             num_steps,

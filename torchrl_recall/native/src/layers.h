@@ -46,6 +46,12 @@ INLINE vf activate(int64_t kind, float slope, vf x) {
     }
 }
 
+/* Inputs (or pairs of them) summed before their sum joins the total: rounding errors grow with the
+ * length of a chain of additions. */
+#ifndef PART
+#define PART 64
+#endif
+
 /* Out of line: there are many register blocks, and these functions are long. */
 NOINLINE void activate_rows(int64_t kind, float slope, float row[][VECTORS * LANES], int rows,
                           int vectors) {
@@ -79,16 +85,9 @@ INLINE int64_t depth(const packed_layer *layer) { return layer->inputs; }
 typedef vf operands_v;
 #endif
 
-/* out[r] = activation of base[r] (if there is a base, else bias[r]) + sum of weight[k][r] in[k] over
- * k, for `rows` outputs and `vectors` vectors of lanes, which are constants where this is called. */
-INLINE void register_block(const int rows, const int vectors, const operand *weight, int64_t n,
-                           const operand *in, const float *bias, const float *base, float *out,
-                           int64_t kind, float slope, int is_last) {
-    vf sum[ROWS][VECTORS];
-    UNROLLED for (int r = 0; r < rows; r++) {
-        UNROLLED for (int v = 0; v < vectors; v++)
-            sum[r][v] = base ? v_load(base + r * TILE + v * LANES) : v_set(bias[r]);
-    }
+/* sum[r] += sum over k of weight[k][r] in[k]. */
+INLINE void accumulate(const int rows, const int vectors, vf sum[][VECTORS], const operand *weight,
+                       int64_t n, const operand *in) {
     for (int64_t k = 0; k < n; k++, weight += rows, in += TILE) {
         operands_v x[VECTORS];
         UNROLLED for (int v = 0; v < vectors; v++) x[v] = LOAD(in + v * LANES);
@@ -96,6 +95,35 @@ INLINE void register_block(const int rows, const int vectors, const operand *wei
             operands_v w = SET(weight[r]);
             UNROLLED for (int v = 0; v < vectors; v++)
                 sum[r][v] = MULTIPLY_ADD(w, x[v], sum[r][v]);
+        }
+    }
+}
+
+/* out[r] = activation of base[r] (if there is a base, else bias[r]) + sum of weight[k][r] in[k] over
+ * k, for `rows` outputs and `vectors` vectors of lanes, which are constants where this is called. */
+INLINE void register_block(const int rows, const int vectors, const int is_long,
+                           const operand *weight, int64_t n, const operand *in, const float *bias, const float *base, float *out,
+                           int64_t kind, float slope, int is_last) {
+    vf sum[ROWS][VECTORS];
+    UNROLLED for (int r = 0; r < rows; r++) {
+        UNROLLED for (int v = 0; v < vectors; v++)
+            sum[r][v] = base ? v_load(base + r * TILE + v * LANES) : v_set(bias[r]);
+    }
+    accumulate(rows, vectors, sum, weight, is_long ? PART : n, in);
+    for (n -= PART; is_long && n > 0; n -= PART) {
+        float total[ROWS][VECTORS * LANES];
+        weight += PART * rows;
+        in += PART * TILE;
+        UNROLLED for (int r = 0; r < rows; r++) {
+            UNROLLED for (int v = 0; v < vectors; v++) {
+                v_store(total[r] + v * LANES, sum[r][v]);
+                sum[r][v] = v_set(0.0f);
+            }
+        }
+        accumulate(rows, vectors, sum, weight, n < PART ? n : PART, in);
+        UNROLLED for (int r = 0; r < rows; r++) {
+            UNROLLED for (int v = 0; v < vectors; v++)
+                sum[r][v] = v_add(sum[r][v], v_load(total[r] + v * LANES));
         }
     }
     if (kind == RELU) {
@@ -135,23 +163,28 @@ typedef void (*block_function)(const operand *, int64_t, const operand *, const 
     static void block_##r##_##v(const operand *weight, int64_t n, const operand *in,              \
                                 const float *bias, const float *base, float *out, int64_t kind,   \
                                 float slope, int is_last) {                                       \
-        register_block(r, v, weight, n, in, bias, base, out, kind, slope, is_last);               \
+        register_block(r, v, 0, weight, n, in, bias, base, out, kind, slope, is_last);            \
+    }                                                                                             \
+    static void block_##r##_##v##_long(const operand *weight, int64_t n, const operand *in,       \
+                                       const float *bias, const float *base, float *out,          \
+                                       int64_t kind, float slope, int is_last) {                  \
+        register_block(r, v, 1, weight, n, in, bias, base, out, kind, slope, is_last);            \
     }
 #define BLOCKS_OF(v)                                                                              \
     BLOCK_OF(1, v) BLOCK_OF(2, v) BLOCK_OF(3, v) BLOCK_OF(4, v) BLOCK_OF(5, v) BLOCK_OF(6, v)
-#define ENTRIES_OF(v) \
-    { block_1_##v, block_2_##v, block_3_##v, block_4_##v, block_5_##v, block_6_##v }
-
-BLOCKS_OF(1)
-BLOCKS_OF(2)
+#define ENTRIES_OF(v, kind)                                                                       \
+    {block_1_##v##kind, block_2_##v##kind, block_3_##v##kind,                                     \
+     block_4_##v##kind, block_5_##v##kind, block_6_##v##kind}
 #if RECALL_ISA == 512
-BLOCKS_OF(3)
-BLOCKS_OF(4)
-static const block_function BLOCKS[VECTORS][ROWS] = {ENTRIES_OF(1), ENTRIES_OF(2), ENTRIES_OF(3),
-                                                     ENTRIES_OF(4)};
+BLOCKS_OF(1) BLOCKS_OF(2) BLOCKS_OF(3) BLOCKS_OF(4)
+#define ENTRIES(kind)                                                                             \
+    {ENTRIES_OF(1, kind), ENTRIES_OF(2, kind), ENTRIES_OF(3, kind), ENTRIES_OF(4, kind)}
 #else
-static const block_function BLOCKS[VECTORS][ROWS] = {ENTRIES_OF(1), ENTRIES_OF(2)};
+BLOCKS_OF(1) BLOCKS_OF(2)
+#define ENTRIES(kind) {ENTRIES_OF(1, kind), ENTRIES_OF(2, kind)}
 #endif
+/* By: longer than PART, vectors - 1, rows - 1. */
+static const block_function BLOCKS[2][VECTORS][ROWS] = {ENTRIES(), ENTRIES(_long)};
 
 /* The dense part of a layer for the first `lanes` traces of a tile (a multiple of LANES). A layer
  * that is not the last one is activated, and written as operands of the next. `base` holds the bias
@@ -166,7 +199,7 @@ static void dense(const packed_network *network, const packed_layer *layer, int 
         for (int lane = 0; lane < lanes;) {
             int vectors = (lanes - lane) / LANES;
             if (vectors > VECTORS) vectors = VECTORS;
-            BLOCKS[vectors - 1][rows - 1](weight, n, in + lane, layer->bias + j,
+            BLOCKS[n > PART][vectors - 1][rows - 1](weight, n, in + lane, layer->bias + j,
                                           base ? base + j * TILE + lane : NULL,
                                           out + j / row_share * TILE + lane, kind, network->slope,
                                           is_last);

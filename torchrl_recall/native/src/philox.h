@@ -24,12 +24,10 @@ typedef struct {
 } philox_keys;
 
 INLINE void schedule_keys(philox_keys *keys, uint64_t seed) {
-    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-    for (int round = 0; round < PHILOX_ROUNDS; round++) {
-        vi_store(keys->key[round][0], vi_set(k0));
-        vi_store(keys->key[round][1], vi_set(k1));
-        k0 += PHILOX_W0;
-        k1 += PHILOX_W1;
+    for (uint32_t round = 0; round < PHILOX_ROUNDS; round++) {
+        /* Products, as GCC 12 at -O3 takes one of two running sums for the other. */
+        vi_store(keys->key[round][0], vi_set((uint32_t)seed + round * PHILOX_W0));
+        vi_store(keys->key[round][1], vi_set((uint32_t)(seed >> 32) + round * PHILOX_W1));
     }
 }
 
@@ -62,8 +60,8 @@ INLINE void philox(vi row, vi step, uint32_t block, const philox_keys *keys, vi 
         uint32_t c0 = row.x[lane], c1 = step.x[lane], c2 = block, c3 = 0;
         for (int round = 0; round < PHILOX_ROUNDS; round++) {
             uint64_t p0 = (uint64_t)PHILOX_M0 * c0, p1 = (uint64_t)PHILOX_M1 * c2;
-            c0 = (uint32_t)(p1 >> 32) ^ c1 ^ keys->key[round][0][0];
-            c2 = (uint32_t)(p0 >> 32) ^ c3 ^ keys->key[round][1][0];
+            c0 = (uint32_t)(p1 >> 32) ^ c1 ^ keys->key[round][0][lane];
+            c2 = (uint32_t)(p0 >> 32) ^ c3 ^ keys->key[round][1][lane];
             c1 = (uint32_t)p1;
             c3 = (uint32_t)p0;
         }

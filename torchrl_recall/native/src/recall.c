@@ -12,7 +12,8 @@
     int64_t recall_walk_##isa(const recall_model *, const void *, recall_call *);                 \
     int64_t recall_look_up_##isa(const recall_model *, const void *, recall_call *);              \
     int64_t recall_table_bytes_##isa(const recall_model *);                                       \
-    int64_t recall_tables_##isa(const recall_model *, const void *, void *);
+    int64_t recall_tables_##isa(const recall_model *, const void *, void *);                      \
+    int64_t recall_words_##isa(const uint32_t *, uint64_t, uint32_t *);
 KERNEL(0)
 #if RECALL_X86
 KERNEL(256)
@@ -20,13 +21,13 @@ KERNEL(512)
 KERNEL(513)
 #define CHOOSE(set, function, ...)                                                                \
     switch (set) {                                                                                \
-        case 513: return function##_513(__VA_ARGS__);                                             \
-        case 512: return function##_512(__VA_ARGS__);                                             \
-        case 256: return function##_256(__VA_ARGS__);                                             \
-        default: return function##_0(__VA_ARGS__);                                                \
+        case 513: result = function##_513(__VA_ARGS__); break;                                      \
+        case 512: result = function##_512(__VA_ARGS__); break;                                      \
+        case 256: result = function##_256(__VA_ARGS__); break;                                      \
+        default: result = function##_0(__VA_ARGS__);                                                \
     }
 #else
-#define CHOOSE(set, function, ...) return function##_0(__VA_ARGS__);
+#define CHOOSE(set, function, ...) result = function##_0(__VA_ARGS__);
 #endif
 
 int64_t recall_version(void) { return RECALL_VERSION; }
@@ -45,11 +46,20 @@ int64_t recall_instruction_set(void) {
 #endif
 }
 
+int64_t recall_words(int64_t instruction_set, const uint32_t counter[3], uint64_t seed,
+                     uint32_t words[4]) {
+    int64_t result;
+    CHOOSE(instruction_set, recall_words, counter, seed, words)
+    return result;
+}
+
 int64_t recall_table_bytes(const recall_model *model) { return recall_table_bytes_0(model); }
 
 int64_t recall_tables(const recall_model *model, const void *block, void *tables,
                       int64_t instruction_set) {
+    int64_t result;
     CHOOSE(instruction_set, recall_tables, model, block, tables)
+    return result;
 }
 
 /* Fresh memory in large pages costs a fraction of the page faults. */
@@ -73,10 +83,14 @@ static void expect_outputs(const recall_model *model, const recall_call *call) {
 
 int64_t recall_walk(const recall_model *model, const void *block, recall_call *call) {
     expect_outputs(model, call);
+    int64_t result;
     CHOOSE(call->instruction_set, recall_walk, model, block, call)
+    return result;
 }
 
 int64_t recall_look_up(const recall_model *model, const void *tables, recall_call *call) {
     expect_outputs(model, call);
+    int64_t result;
     CHOOSE(call->instruction_set, recall_look_up, model, tables, call)
+    return result;
 }

@@ -78,6 +78,9 @@ typedef struct {
 RECALL_EXPORT int64_t recall_version(void);
 /* The widest instruction set that this processor has, see `recall_call`. */
 RECALL_EXPORT int64_t recall_instruction_set(void);
+/* The four random words of a counter (row, step, head << 16 | block), by one instruction set. */
+RECALL_EXPORT int64_t recall_words(int64_t instruction_set, const uint32_t counter[3],
+                                   uint64_t seed, uint32_t words[4]);
 RECALL_EXPORT int64_t recall_packed_bytes(const recall_model *model);
 RECALL_EXPORT void recall_pack(const recall_model *model, void *block);
 RECALL_EXPORT int64_t recall_is_current(const recall_model *model, const void *block);

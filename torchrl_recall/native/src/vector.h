@@ -21,7 +21,9 @@
 #define INLINE static inline __attribute__((always_inline, unused))
 #endif
 
-#if defined(__GNUC__)
+#if defined(__clang__)
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
 #define UNROLLED _Pragma("GCC unroll 16")
 #else
 #define UNROLLED

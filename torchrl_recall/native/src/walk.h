@@ -112,3 +112,17 @@ int64_t NAME(recall_walk)(const recall_model *model, const void *block, recall_c
     free(t.memory);
     return OK;
 }
+
+int64_t NAME(recall_words)(const uint32_t counter[3], uint64_t seed, uint32_t words[4]);
+int64_t NAME(recall_words)(const uint32_t counter[3], uint64_t seed, uint32_t words[4]) {
+    philox_keys keys;
+    vi word[4];
+    schedule_keys(&keys, seed);
+    philox(vi_set(counter[0]), vi_set(counter[1]), counter[2], &keys, word);
+    for (int i = 0; i < 4; i++) {
+        uint32_t lanes[LANES];
+        vi_store(lanes, word[i]);
+        words[i] = lanes[LANES - 1];
+    }
+    return OK;
+}

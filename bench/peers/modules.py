@@ -1,19 +1,11 @@
-"""The same walk by TorchRL itself: what a user would write without this library.
+"""The walk's parts as TensorDict modules: a policy, and a transition to the predecessor.
 
-`walker` makes an environment whose step goes back in time (`ModelBasedEnvBase`, TorchRL's own way
-to imagine) from the very networks of a `BacktrackModel`, and rolls it out with a
-`ProbabilisticActor`. Log-probabilities of actions and changes are included, as in `sample_traces`.
-
-In favour of the peer: no normalisation (the statistics are those of a new model, mean 0 and scale
-1), no checks, no masks, no rewards, and the order of time stays reversed.
+What the rollout and the loop share. Log-probabilities of actions and changes are included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import (
     InteractionType,
     ProbabilisticTensorDictModule,
@@ -22,8 +14,6 @@ from tensordict.nn import (
     TensorDictSequential,
 )
 from torch import Tensor, nn
-from torchrl.data import Composite, Unbounded
-from torchrl.envs import ModelBasedEnvBase
 from torchrl.modules import IndependentNormal, ProbabilisticActor, TanhNormal
 
 from torchrl_recall import BacktrackModel
@@ -36,29 +26,18 @@ from torchrl_recall.heads import (
 )
 
 
-class BackwardEnv(ModelBasedEnvBase):
-    """An environment that goes from a state to a predecessor.
+def policy_and_transition(model: BacktrackModel) -> tuple[ProbabilisticActor, TensorDictModule]:
+    """Return a policy, and a module from observation and action to the predecessor.
 
     Args:
-        transition (TensorDictModule): writes ``"observation"`` and ``"delta_log_prob"``.
-        start (Tensor): states to go back from, a row each.
+        model (BacktrackModel): whose networks to use.
+
+    Returns:
+        tuple: the policy writes ``"action"`` and ``"action_log_prob"``, the transition
+        ``"observation"`` and ``"delta_log_prob"``.
     """
-
-    def __init__(self, transition: TensorDictModule, start: Tensor) -> None:
-        rows = start.shape[:1]
-        super().__init__(transition, batch_size=rows)
-        self.observation_spec = Composite(
-            observation=Unbounded(start.shape, dtype=start.dtype),
-            # `_step` keeps what the spec names.
-            delta_log_prob=Unbounded(rows),
-            shape=rows,
-        )
-        self.full_reward_spec = Composite(shape=rows)
-        self.start = start
-
-    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDict:
-        data = {"observation": self.start, "delta_log_prob": torch.zeros(self.batch_size)}
-        return TensorDict(data, self.batch_size)
+    by_class = isinstance(model.action.head, CategoricalHead)
+    return (_categorical if by_class else _gaussian)(model)
 
 
 class _Normal(nn.Module):
@@ -133,25 +112,3 @@ def _drawn(parameters: TensorDictModule, distribution: type) -> ProbabilisticTen
         default_interaction_type=InteractionType.RANDOM,  # pyright: ignore[reportArgumentType]
     )
     return ProbabilisticTensorDictSequential(parameters, draw)  # pyright: ignore
-
-
-def walker(model: BacktrackModel, start: Tensor, num_steps: int) -> Callable[[], TensorDictBase]:
-    """Return a function that walks ``num_steps`` back from ``start`` by TorchRL's rollout.
-
-    Args:
-        model (BacktrackModel): whose networks to use.
-        start (Tensor): ``[B, size]`` states.
-        num_steps (int): length of the walk.
-
-    Returns:
-        Callable: gives a rollout ``[B, T]``, newest step first.
-    """
-    by_class = isinstance(model.action.head, CategoricalHead)
-    policy, transition = (_categorical if by_class else _gaussian)(model)
-    env = BackwardEnv(transition, start)
-
-    @torch.no_grad()
-    def walk() -> TensorDictBase:
-        return env.rollout(num_steps, policy)
-
-    return walk

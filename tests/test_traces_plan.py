@@ -1,0 +1,314 @@
+"""Packed parameters are never stale; threads, processes and compiled graphs; falling back."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+from trace_data import F32, F64, assert_same, make_model, make_noise, make_start
+
+from torchrl_recall import BacktrackModel, sample_traces
+from torchrl_recall.native import interface
+from torchrl_recall.traces import backends, native, operator
+from torchrl_recall.traces import backends as backends_of_this_machine
+from torchrl_recall.traces.layout import layout_of, live_tensors
+
+needs_library = pytest.mark.skipif(
+    interface.load()[0] is None, reason=f"no native library: {interface.load()[1]}"
+)
+
+
+def walk(model, backend="auto", **options):
+    start, noise = torch.randn(9, 3, generator=torch.Generator().manual_seed(1)), None
+    if "generator" not in options:
+        noise = make_noise(model, 3, 9)
+    return sample_traces(
+        model, start.to(model.dtype), num_steps=3, noise=noise, backend=backend, **options
+    )
+
+
+def optimizer_step(model):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    model.action_parameters(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+
+
+def fused_step(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True)
+    sum(p.square().sum() for p in model.parameters()).backward()
+    optimizer.step()
+
+
+def numpy_write(model):
+    list(model.delta_network)[0].weight.detach().numpy()[0, 0] += 1
+
+
+CHANGES = {
+    "optimizer": optimizer_step,
+    "foreach optimizer": fused_step,
+    "data": lambda model: list(model.action_network)[0].bias.data.add_(0.5),
+    "numpy": numpy_write,
+    "set": lambda model: setattr(
+        list(model.action_network)[0], "weight", nn.Parameter(torch.randn(16, 3))
+    ),
+    "data set": lambda model: setattr(
+        list(model.action_network)[0].weight, "data", torch.randn(16, 3)
+    ),
+    "layer": lambda model: model.delta_network.__setitem__(2, nn.Linear(16, 6)),
+    "activation": lambda model: model.delta_network.__setitem__(1, nn.Tanh()),
+    "network": lambda model: setattr(
+        model, "action_network", nn.Sequential(nn.Linear(3, 20), nn.SiLU(), nn.Linear(20, 4))
+    ),
+    "load": lambda model: model.load_state_dict(
+        {k: v + 0.1 if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    ),
+    "load assign": lambda model: model.load_state_dict(
+        {k: v + 0.1 if v.is_floating_point() else v for k, v in model.state_dict().items()},
+        assign=True,
+    ),
+    "statistics": lambda model: model.update_normalization(
+        torch.randn(8, 3), torch.rand(8, 2), torch.randn(8, 3) + 2
+    ),
+    "reset": lambda model: model.reset_parameters_recursive(),
+    "double": lambda model: model.double(),
+    "double and back": lambda model: model.double().float(),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_parameter_is_seen(change):
+    torch.manual_seed(0)
+    model = BacktrackModel(3, 2, num_cells=(16,))
+    before = walk(model)
+    CHANGES[change](model)
+    after = walk(model)
+    assert_same(after, walk(model, "eager"), 1e-5)
+    if change != "double and back" and after["observation"].dtype == F32:
+        same = all(torch.equal(v, after[k]) for k, v in before.items(True, True))
+        assert not same
+
+
+@needs_library
+def test_a_hook_or_a_parametrization_is_seen():
+    model = BacktrackModel(3, 2, num_cells=(16,))
+    walk(model)
+    layer = list(model.action_network)[0]
+    handle = layer.register_forward_hook(lambda module, inputs, output: output + 1)
+    with pytest.warns(UserWarning, match="falls back to the reference backend.*hooks"):
+        hooked = walk(model)
+    assert_same(hooked, walk(model, "reference"), 0)
+    handle.remove()
+    assert_same(walk(model), walk(model, "native"), 0)
+    nn.utils.parametrizations.spectral_norm(layer)
+    with pytest.warns(UserWarning, match="falls back to the reference backend"):
+        normed = walk(model.eval())
+    assert_same(normed, walk(model, "reference"), 0)
+
+
+@needs_library
+def test_one_activation_module_for_all_layers():
+    activation = nn.ReLU()
+    model = BacktrackModel(3, 2, num_cells=(16, 16))
+    model.action_network[1] = model.action_network[3] = activation
+    assert_same(walk(model, "native"), walk(model, "eager"), 1e-5)
+
+
+@needs_library
+def test_copies_pickles_and_garbage():
+    model = BacktrackModel(3, 2, num_cells=(16,))
+    traces = walk(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same(walk(twin), traces, 0)
+        list(twin.parameters())[0].data.add_(1)
+        assert_same(walk(model), traces, 0)
+    reference = weakref.ref(model)
+    del model
+    assert reference() is None
+
+
+@needs_library
+def test_threads_do_not_disturb_each_other():
+    models = [make_model(dtype=F32, seed=i, stop=True, num_cells=(64, 64)) for i in range(2)]
+    start = make_start(models[0], 200)
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return sample_traces(models[seed % 2], start, num_steps=8, generator=generator)
+
+    alone = [draw(seed) for seed in range(24)]
+    with ThreadPoolExecutor(6) as pool:
+        for traces, expected in zip(pool.map(draw, range(24)), alone, strict=True):
+            assert_same(traces, expected, 0)
+
+
+@needs_library
+def test_a_learner_may_write_while_another_thread_walks():
+    model = BacktrackModel(3, 2, num_cells=(64, 64))
+    start = torch.zeros(300, 3)
+
+    def draw(seed):
+        return sample_traces(model, start, num_steps=6)
+
+    with ThreadPoolExecutor(2) as pool:
+        walks = [pool.submit(draw, seed) for seed in range(40)]
+        for _ in range(200):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(0.999)
+        for future in walks:
+            assert bool(torch.isfinite(future.result()["observation"]).all())
+    assert_same(walk(model), walk(model, "eager"), 1e-5)
+
+
+def draw_in_child(model, connection):
+    torch.set_num_threads(2)
+    native.WORK_OF_A_THREAD = 1
+    generator = torch.Generator().manual_seed(4)
+    connection.send(walk(model, generator=generator)["observation"].tolist())
+
+
+@needs_library
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes(method, monkeypatch):
+    model = BacktrackModel(3, 2, num_cells=(16,))
+    monkeypatch.setattr(native, "WORK_OF_A_THREAD", 1)
+    torch.set_num_threads(2)
+    here = walk(model, generator=torch.Generator().manual_seed(4))
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context(method)
+    receiver, sender = context.Pipe(duplex=False)
+    with warnings.catch_warnings():
+        # Python's and JAX's warnings of forks beside threads are about others' threads.
+        warnings.simplefilter("ignore")
+        child = context.Process(target=draw_in_child, args=(model, sender))
+        child.start()
+    assert receiver.poll(60)
+    assert receiver.recv() == here["observation"].tolist()
+    child.join(10)
+    assert child.exitcode == 0
+
+
+@needs_library
+@pytest.mark.parametrize("kind", ["normal", "support"])
+def test_compiles_without_a_graph_break(kind):
+    model = make_model(kind, "categorical", dtype=F32, stop=True)
+    start, noise = make_start(model, 6), make_noise(model, 4, 6)
+
+    def draw(start, noise):
+        trace = sample_traces(model, start, num_steps=4, noise=noise, last_visit=True)
+        return trace, trace["action_log_prob"].sum()
+
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert_same(compiled(start, noise)[0], draw(start, noise)[0], 0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+    fresh = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    one, other = fresh(start, None)[0], fresh(start, None)[0]
+    assert not torch.equal(one["action_log_prob"], other["action_log_prob"])
+
+
+class Walker(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, start):
+        trace = sample_traces(self.model, start, num_steps=4)
+        return trace["observation"], trace["action"]
+
+
+@needs_library
+def test_exports(tmp_path):
+    model = BacktrackModel(3, 2, num_cells=(16,))
+    start = torch.randn(5, 3)
+    program = torch.export.export(Walker(model), (start,))
+    torch.export.save(program, tmp_path / "walker.pt2")
+    loaded = torch.export.load(tmp_path / "walker.pt2").module()
+    torch.manual_seed(0)
+    observation, action = loaded(start)
+    assert observation.shape == (5, 4, 3)
+    assert action.shape == (5, 4, 2)
+    assert not torch.equal(loaded(start)[0], observation)
+    torch.manual_seed(0)
+    assert torch.equal(loaded(start)[0], observation)
+
+
+@needs_library
+def test_the_operator_is_what_torch_expects():
+    model = make_model(dtype=F32, stop=True)
+    tensors = [tensor.detach() for tensor in live_tensors(model)]
+    noise = make_noise(model, 2, 10)
+    for given in ([], list(noise)):
+        arguments = (make_start(model, 5), torch.tensor(3), given, tensors, layout_of(model))
+        torch.library.opcheck(
+            torch.ops.torchrl_recall.walk.default, (*arguments, 2, 2, False, False)
+        )
+    assert operator.why_not(model) is None
+
+
+def test_backends_are_told():
+    status = backends()
+    assert set(status) == {"native", "table", "eager", "reference"} | set(status)
+    assert all(one.detail for one in status.values())
+    assert status["native"].available == (interface.load()[0] is not None)
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    monkeypatch.setattr(interface, "load", lambda: (None, "librecall.so was not built"))
+    monkeypatch.setattr(backends_module(), "_warned_of_library", False)
+
+
+def backends_module():
+    import sys
+
+    return sys.modules["torchrl_recall.traces.backends"]
+
+
+@pytest.mark.usefixtures("no_library")
+def test_without_the_library_one_warning_and_the_torch_path():
+    model = BacktrackModel(3, 2, num_cells=(16,))
+    with pytest.warns(UserWarning, match="falls back to the eager backend.*was not built") as seen:
+        traces = walk(model)
+        walk(BacktrackModel(3, 2, num_cells=(16,)))
+    assert len(seen) == 1
+    assert_same(traces, walk(model, "eager"), 0)
+    with pytest.raises(ValueError, match="backend='native' cannot run this model.*not built"):
+        walk(model, "native")
+    status = backends_of_this_machine()["native"]
+    assert not status.available
+    assert "not built" in status.detail
+
+
+@needs_library
+def test_a_model_that_the_kernel_cannot_run():
+    model = BacktrackModel(3, 2, num_cells=(16,), activation_class=nn.Hardtanh)
+    with pytest.warns(UserWarning, match="falls back to the eager backend.*Hardtanh") as seen:
+        traces = walk(model)
+        walk(model)
+    assert len(seen) == 1
+    assert_same(traces, walk(model, "eager"), 0)
+    with pytest.raises(ValueError, match="backend='native' cannot run this model.*Hardtanh"):
+        walk(model, "native")
+
+
+def test_float64_walks_in_torch_without_a_word():
+    model = make_model(dtype=F64)
+    assert_same(walk(model), walk(model, "eager"), 0)
+    with pytest.raises(ValueError, match="float64"):
+        walk(model, "native")
+
+
+def test_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="precision must be one of .*, got 'float8'"):
+        walk(make_model(dtype=F32), precision="float8")
