@@ -151,7 +151,9 @@ class ActionCodec(nn.Module):
         if self.format == "one_hot":
             one_hot = nn.functional.one_hot(action, self.head.output_size)
             return one_hot.to(self.spec_dtype)
-        return action.reshape(action.shape + self.shape).to(self.spec_dtype)
+        if self.shape:
+            action = action.reshape(action.shape + self.shape)
+        return action if action.dtype == self.spec_dtype else action.to(self.spec_dtype)
 
     def update_normalization(self, action: Tensor, mask: Tensor | None = None) -> None:
         """Merge real actions into the statistics of an unbounded head.

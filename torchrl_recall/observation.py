@@ -226,7 +226,7 @@ class ObservationCodec(nn.Module):
         event = len(shape)
         self._check_shape(value, shape, name, ndim)
         check_device(name, value.device, self.unit.device)
-        start = sum(self._coordinates(j) for j in range(i))
+        start = sum(self._coordinates(j) for j in range(i)) if i else 0
         n = self.cardinality[start]
         if self.formats[i] == "one_hot":
             if not torch.compiler.is_compiling() and not is_one_hot(value):
@@ -235,7 +235,8 @@ class ObservationCodec(nn.Module):
         if value.is_floating_point() or value.is_complex():
             raise ValueError(f"{name} must hold integers, got dtype {value.dtype}.")
         value = value.long()
-        value = value.unsqueeze(-1) if event == 0 else value.flatten(-event)
+        if event != 1:
+            value = value.unsqueeze(-1) if event == 0 else value.flatten(-event)
         width = value.shape[-1]
         if in_range and not torch.compiler.is_compiling():
             low, high = self.low[start : start + width], self.high[start : start + width]
@@ -291,6 +292,9 @@ class ObservationCodec(nn.Module):
         """
         if len(self.keys) == 1 and self.formats[0] == "continuous" and len(self.shapes[0]) == 1:
             return {self.keys[0]: state}
+        if len(self.keys) == 1 and self.formats[0] == "categorical" and len(self.shapes[0]) == 1:
+            same = state.dtype == self.dtypes[0]
+            return {self.keys[0]: state if same else state.to(self.dtypes[0])}
         restored, start = {}, 0
         for i, key in enumerate(self.keys):
             width = self._coordinates(i) if self.is_discrete else self.shapes[i].numel()

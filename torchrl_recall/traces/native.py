@@ -32,6 +32,8 @@ from torchrl_recall.traces.noise import TraceNoise
 
 # Multiply-adds below which a further thread costs more than it gives.
 WORK_OF_A_THREAD = 20_000_000
+# Shapes of columns that a plan remembers.
+MAX_TEMPLATES = 64
 # Multiply-adds that take as long as a step by tables.
 LOOK_UP_WORK = 2_000
 # Probabilities of changes in a table, beyond which it is not worth its memory.
@@ -72,6 +74,7 @@ class Plan:
         self.described = self._describe(form, named)
         self.address = ctypes.byref(self.described)
         self.block = self._pack()
+        self.templates: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         # The tables, beside the packed values that they were made of.
         self.tables: tuple[Tensor, Tensor] | None = None
 
@@ -153,15 +156,29 @@ class Plan:
 
     def columns(self, num_rows: int, num_steps: int) -> Columns:
         """Return columns with memory but without values."""
-        state = torch.empty((num_rows, num_steps, self.state_size), dtype=self.state_dtype)
-        if self.action_size is None:
-            action = torch.empty((num_rows, num_steps), dtype=torch.int64)
-        else:
-            action = torch.empty((num_rows, num_steps, self.action_size), dtype=torch.float32)
-        log_prob = torch.empty((num_rows, num_steps), dtype=torch.float32)
-        mask = torch.empty((num_rows, num_steps), dtype=torch.bool)
+        form = num_rows, num_steps
+        like = self.templates.get(form)
+        if like is None:
+            # Without memory of their own: `empty_like` is the quickest way to a tensor.
+            wide = () if self.action_size is None else (self.action_size,)
+            action_dtype = torch.int64 if self.action_size is None else torch.float32
+            like = (
+                torch.empty((), dtype=self.state_dtype).expand(*form, self.state_size),
+                torch.empty((), dtype=action_dtype).expand(*form, *wide),
+                torch.empty((), dtype=torch.float32).expand(form),
+                torch.empty((), dtype=torch.bool).expand(form),
+            )
+            if len(self.templates) >= MAX_TEMPLATES:
+                self.templates.clear()
+            self.templates[form] = like
+        state, action, log_prob, mask = like
         return Columns(
-            state, torch.empty_like(state), action, log_prob, torch.empty_like(log_prob), mask
+            torch.empty_like(state),
+            torch.empty_like(state),
+            torch.empty_like(action),
+            torch.empty_like(log_prob),
+            torch.empty_like(log_prob),
+            torch.empty_like(mask),
         )
 
     def watch(self, model: BacktrackModel) -> None:

@@ -80,7 +80,9 @@ def sample_traces(
     num_steps = check_at_least_one("num_steps", num_steps)
     if num_traces is not None:
         num_traces = check_at_least_one("num_traces", num_traces)
-    start = model.observation.flatten(next_observation, "next_observation", check_values=False)
+    # By way of __dict__: a module's own look-up costs as much as a tensor operation.
+    codec: Any = model._modules["observation"]
+    start = codec.flatten(next_observation, "next_observation", check_values=False)
     if start.numel() == 0:
         raise ValueError(f"next_observation is empty: shape {tuple(start.shape)}, expected rows.")
     if generator is not None:
@@ -101,7 +103,7 @@ def sample_traces(
         columns = walk(request, backend)
     except BadStart:
         # Looks again, to say what is wrong.
-        model.observation.flatten(next_observation, "next_observation")
+        codec.flatten(next_observation, "next_observation")
         raise
     return _tensordict(model, columns, torch.Size([*start.shape[:-1], *added]))
 
@@ -123,7 +125,8 @@ def _check_noise(model: BacktrackModel, noise: TraceNoise, num_steps: int, rows:
 
 def _tensordict(model: BacktrackModel, columns: Columns, shape: torch.Size) -> TensorDict:
     """Return the columns under the model's keys, in batch ``shape``."""
-    codec = model.observation
+    codec: Any = model._modules["observation"]
+    action: Any = model._modules["action"]
 
     def unflatten(value: Tensor) -> Tensor:
         return value if len(shape) == 2 else value.reshape(*shape, *value.shape[2:])
@@ -131,7 +134,7 @@ def _tensordict(model: BacktrackModel, columns: Columns, shape: torch.Size) -> T
     device = columns.mask.device
     following: dict[Any, Any] = codec.restore(unflatten(columns.next_state))
     data: dict[Any, Any] = codec.restore(unflatten(columns.state))
-    data[model.action_key] = model.action.restore(unflatten(columns.action))
+    data[model.action_key] = action.restore(unflatten(columns.action))
     data["action_log_prob"] = unflatten(columns.action_log_prob)
     data["delta_log_prob"] = unflatten(columns.delta_log_prob)
     data["next"] = _nested(following, shape, device)

@@ -6,12 +6,19 @@
 #ifndef RECALL_TABLES_H
 #define RECALL_TABLES_H
 
+#include <math.h>
+
 #include "output.h"
+
+/* Cumulative shares that are compared at once. */
+#define COUNTED 8
 
 typedef struct {
     int64_t num_states, num_actions, num_deltas;
-    float *action_cumulative, *action_log_prob; /* [states, actions] */
-    float *delta_cumulative, *delta_log_prob;   /* [states, actions, deltas] */
+    int64_t action_stride, delta_stride;        /* of a distribution's cumulative shares */
+    float *action_total, *delta_total;          /* [states], [states, actions] */
+    float *action_cumulative, *delta_cumulative; /* [.., stride]: all but the last, then infinity */
+    float *action_log_prob, *delta_log_prob;    /* [states, actions], [states, actions, deltas] */
     float *stop;                                /* [states], probability; or NULL */
     int32_t *predecessor;                       /* [states, deltas] */
     int64_t *coordinates;                       /* [states, state_size] */
@@ -25,9 +32,13 @@ static int64_t tables_layout(const recall_model *m, void *memory, tables *to) {
     to->num_states = states;
     to->num_actions = actions;
     to->num_deltas = deltas;
-    to->action_cumulative = take(&cursor, states * actions * 4);
+    to->action_stride = ROUND_UP(actions, COUNTED);
+    to->delta_stride = ROUND_UP(deltas, COUNTED);
+    to->action_total = take(&cursor, states * 4);
+    to->delta_total = take(&cursor, states * actions * 4);
+    to->action_cumulative = take(&cursor, states * to->action_stride * 4);
+    to->delta_cumulative = take(&cursor, states * actions * to->delta_stride * 4);
     to->action_log_prob = take(&cursor, states * actions * 4);
-    to->delta_cumulative = take(&cursor, states * actions * deltas * 4);
     to->delta_log_prob = take(&cursor, states * actions * deltas * 4);
     to->stop = m->network[NETWORK_STOP].num_layers ? take(&cursor, states * 4) : NULL;
     to->predecessor = take(&cursor, states * deltas * 4);
@@ -55,7 +66,8 @@ static void enter_states(tile *t, int64_t first, int64_t count, int64_t repeats)
 }
 
 /* Writes cumulative and log-probabilities of the logits at `output`, a trace a row. */
-static void tabulate(tile *t, int64_t n, float *cumulative, float *log_prob) {
+static void tabulate(tile *t, int64_t n, float *sum, float *cumulative, int64_t stride,
+                     float *log_prob) {
     for (int lane = 0; lane < t->lanes; lane += LANES) {
         const float *logits = t->output + lane;
         vf greatest = v_load(logits), total = v_set(0.0f);
@@ -64,13 +76,16 @@ static void tabulate(tile *t, int64_t n, float *cumulative, float *log_prob) {
             total = v_add(total, v_exp(v_sub(v_load(logits + j * TILE), greatest)));
             v_store(t->hidden[0] + j * TILE + lane, total);
         }
+        v_store(t->row + lane, total);
         vf log_total = v_log(total);
         for (int64_t j = 0; j < n; j++) {
             vf share = v_sub(v_load(logits + j * TILE), greatest);
             v_store(t->hidden[1] + j * TILE + lane, v_sub(share, log_total));
         }
     }
-    write_floats(t->hidden[0], n, t->count, cumulative, NULL, n);
+    memcpy(sum, t->row, (size_t)t->count * sizeof *sum);
+    for (int64_t i = 0; i < t->count * stride; i++) cumulative[i] = INFINITY;
+    write_floats(t->hidden[0], n - 1, t->count, cumulative, NULL, stride);
     write_floats(t->hidden[1], n, t->count, log_prob, NULL, n);
 }
 
@@ -120,7 +135,8 @@ int64_t NAME(recall_tables)(const recall_model *model, const void *block, void *
         int64_t left = to.num_states - first;
         enter_states(&t, first, left < TILE ? left : TILE, 1);
         run(&t, NETWORK_ACTION, hot_state(model));
-        tabulate(&t, to.num_actions, to.action_cumulative + first * to.num_actions,
+        tabulate(&t, to.num_actions, to.action_total + first,
+                 to.action_cumulative + first * to.action_stride, to.action_stride,
                  to.action_log_prob + first * to.num_actions);
         if (!to.stop) continue;
         run(&t, NETWORK_STOP, hot_state(model));
@@ -134,7 +150,8 @@ int64_t NAME(recall_tables)(const recall_model *model, const void *block, void *
         enter_states(&t, first, left < TILE ? left : TILE, to.num_actions);
         run(&t, NETWORK_DELTA, hot_state(model) + 1);
         if (model->delta.kind == HEAD_SUPPORT) mask_support(&t);
-        tabulate(&t, to.num_deltas, to.delta_cumulative + first * to.num_deltas,
+        tabulate(&t, to.num_deltas, to.delta_total + first,
+                 to.delta_cumulative + first * to.delta_stride, to.delta_stride,
                  to.delta_log_prob + first * to.num_deltas);
     }
     tabulate_predecessors(model, &to);
@@ -142,115 +159,187 @@ int64_t NAME(recall_tables)(const recall_model *model, const void *block, void *
     return OK;
 }
 
-/* How many of the cumulative shares but the last lie at or below the drawn one. */
-INLINE int64_t look_up(const float *cumulative, int64_t n, float uniform) {
-    const float threshold = uniform * cumulative[n - 1] * (1.0f - UNIT_ROUNDOFF);
-    int64_t low = 0, high = n - 1;
-    if (n <= 16) {
-        for (int64_t j = 0; j + 1 < n; j++) low += cumulative[j] <= threshold;
-        return low;
-    }
+/* How many of COUNTED numbers are at most `threshold`. */
+INLINE int count_below(const float *numbers, float threshold) {
+#if RECALL_ISA
+    __m256 below = _mm256_cmp_ps(_mm256_loadu_ps(numbers), _mm256_set1_ps(threshold), _CMP_LE_OQ);
+    return __builtin_popcount((unsigned)_mm256_movemask_ps(below));
+#else
+    int count = 0;
+    for (int i = 0; i < COUNTED; i++) count += numbers[i] <= threshold;
+    return count;
+#endif
+}
+
+/* How many of the cumulative shares lie at or below the drawn one: the class. */
+INLINE int64_t look_up(const float *cumulative, int64_t stride, float total, float uniform) {
+    const float threshold = uniform * total * (1.0f - UNIT_ROUNDOFF);
+    int64_t low = 0, high = stride / COUNTED - 1;
     while (low < high) {
-        int64_t middle = (low + high) / 2;
-        if (cumulative[middle] <= threshold) low = middle + 1;
+        const int64_t middle = (low + high) / 2;
+        if (cumulative[middle * COUNTED + COUNTED - 1] <= threshold) low = middle + 1;
         else high = middle;
     }
-    return low;
+    return low * COUNTED + count_below(cumulative + low * COUNTED, threshold);
 }
 
-/* Uniforms of one trace: [steps][action, delta, stop]. */
-static void draw_trace(const recall_call *call, const philox_keys *keys, int64_t row, float *to) {
-    const int64_t num_steps = call->num_steps;
-    if (call->noise_action) {
-        for (int64_t step = 0; step < num_steps; step++) {
-            const int64_t at = step * call->num_rows + row;
-            to[step * 3 + WORD_ACTION] = call->noise_action[at];
-            to[step * 3 + WORD_DELTA] = call->noise_delta[at];
-            to[step * 3 + WORD_STOP] = call->noise_stop ? call->noise_stop[at] : 0.0f;
+/* Traces that walk side by side, so that one's loads fill another's waiting time. */
+#define GROUP 16
+
+typedef struct {
+    const recall_model *model;
+    const tables *from;
+    const recall_call *call;
+    int64_t first;   /* row of the call */
+    int count;       /* at most GROUP */
+    float *uniforms; /* [steps][3][GROUP] */
+    int32_t *path;   /* [steps + 1][GROUP], for last visits; or NULL */
+    int64_t state[GROUP];
+    uint8_t over[GROUP], broken[GROUP];
+} group;
+
+static void draw_group(const group *g, const philox_keys *keys) {
+    const recall_call *call = g->call;
+    for (int64_t step = 0; step < call->num_steps; step++) {
+        float *to = g->uniforms + step * 3 * GROUP;
+        if (call->noise_action) {
+            const int64_t at = step * call->num_rows + g->first;
+            for (int i = 0; i < g->count; i++) {
+                to[WORD_ACTION * GROUP + i] = call->noise_action[at + i];
+                to[WORD_DELTA * GROUP + i] = call->noise_delta[at + i];
+                to[WORD_STOP * GROUP + i] = call->noise_stop ? call->noise_stop[at + i] : 0.0f;
+            }
+            continue;
         }
-        return;
-    }
-    for (int64_t back = 0; back < num_steps; back += LANES) {
-        uint32_t steps[LANES];
-        float lanes[3][LANES];
-        vi word[4];
-        for (int i = 0; i < LANES; i++) steps[i] = (uint32_t)(back + i);
-        philox(vi_set((uint32_t)row), vi_load(steps), HEAD_UNIFORM << 16, keys, word);
-        for (int i = 0; i < 3; i++) v_store(lanes[i], uniform(word[i]));
-        for (int64_t i = 0; i < LANES && back + i < num_steps; i++) {
-            for (int j = 0; j < 3; j++) to[(num_steps - 1 - back - i) * 3 + j] = lanes[j][i];
+        for (int i = 0; i < GROUP; i += LANES) {
+            uint32_t rows[LANES];
+            vi word[4], back = vi_set((uint32_t)(call->num_steps - 1 - step));
+            for (int j = 0; j < LANES; j++) rows[j] = (uint32_t)(g->first + i + j);
+            philox(vi_load(rows), back, HEAD_UNIFORM << 16, keys, word);
+            for (int j = 0; j < 3; j++) v_store(to + j * GROUP + i, uniform(word[j]));
         }
     }
 }
 
-/* Walks one trace; returns whether its first step is finite, or -1 for a start that is no state. `seen` holds, for each state, the last
- * trace that visited it, counted from 1. */
-static int walk_trace(const recall_model *m, const tables *from, const recall_call *call,
-                      int64_t row, const float *uniforms, int64_t *seen) {
-    const int64_t size = m->state_size, num_steps = call->num_steps;
-    const int64_t *start = (const int64_t *)call->start + row / call->num_traces * size;
-    const size_t bytes = (size_t)size * sizeof(int64_t);
-    int64_t s = 0;
-    int over = 0, broken = 0, finite_first = 0;
-    for (int64_t i = 0; i < size; i++) {
-        if (start[i] < 0 || start[i] >= m->cardinality[i]) return -1;
-        s = s * m->cardinality[i] + start[i];
-    }
-    if (seen) seen[s] = row + 1;
-    for (int64_t step = num_steps - 1; step >= 0; step--) {
-        const int64_t at = row * num_steps + step;
-        const float *uniform_at = uniforms + step * 3;
-        if (from->stop) over |= uniform_at[WORD_STOP] < from->stop[s];
-        const int64_t row_a = s * from->num_actions;
-        const int64_t action =
-            look_up(from->action_cumulative + row_a, from->num_actions, uniform_at[WORD_ACTION]);
-        const int64_t row_d = (row_a + action) * from->num_deltas;
-        const int64_t delta =
-            look_up(from->delta_cumulative + row_d, from->num_deltas, uniform_at[WORD_DELTA]);
-        const float action_log_prob = from->action_log_prob[row_a + action];
-        const float delta_log_prob = from->delta_log_prob[row_d + delta];
-        memcpy((int64_t *)call->next_state + at * size,
-               broken ? start : from->coordinates + s * size, bytes);
+/* Takes the group one step back. */
+static void step_back(group *g, int64_t step) {
+    /* Copies of their own: writes to the outputs could else change what is read through pointers. */
+    const tables from = *g->from;
+    const recall_call call = *g->call;
+    const int64_t size = g->model->state_size, num_steps = call.num_steps;
+    const float *uniforms = g->uniforms + step * 3 * GROUP;
+    int64_t *const state = call.state, *const next_state = call.next_state;
+    int64_t *const actions = call.action;
+    const int64_t first = g->first * num_steps + step;
+    for (int i = 0; i < g->count; i++) {
+        const int64_t s = g->state[i], row_a = s * from.num_actions, at = first + i * num_steps;
+        const int64_t action = look_up(from.action_cumulative + s * from.action_stride,
+                                       from.action_stride, from.action_total[s],
+                                       uniforms[WORD_ACTION * GROUP + i]);
+        const int64_t pair = row_a + action, row_d = pair * from.num_deltas;
+        const int64_t delta = look_up(from.delta_cumulative + pair * from.delta_stride,
+                                      from.delta_stride, from.delta_total[pair],
+                                      uniforms[WORD_DELTA * GROUP + i]);
+        const int64_t before = from.predecessor[s * from.num_deltas + delta];
+        const float action_log_prob = from.action_log_prob[pair];
+        const float delta_log_prob = from.delta_log_prob[row_d + delta];
+        const int64_t *coordinates = from.coordinates + before * size;
+        int over = g->over[i] | from.dead_end[s], broken = g->broken[i];
+        if (from.stop) over |= uniforms[WORD_STOP * GROUP + i] < from.stop[s];
         broken |= !(action_log_prob * 0.0f + delta_log_prob * 0.0f == 0.0f);
-        over |= from->dead_end[s];
-        s = from->predecessor[s * from->num_deltas + delta];
-        memcpy((int64_t *)call->state + at * size, broken ? start : from->coordinates + s * size,
-               bytes);
-        ((int64_t *)call->action)[at] = action;
-        call->action_log_prob[at] = broken ? 0.0f : action_log_prob;
-        call->delta_log_prob[at] = broken ? 0.0f : delta_log_prob;
-        int again = 0;
-        if (seen) {
-            again = seen[s] == row + 1;
-            seen[s] = row + 1;
+        g->state[i] = before;
+        g->over[i] = (uint8_t)over;
+        g->broken[i] = (uint8_t)broken;
+        if (broken)
+            coordinates = (const int64_t *)call.start + (g->first + i) / call.num_traces * size;
+        for (int64_t j = 0; j < size; j++) state[at * size + j] = coordinates[j];
+        if (step) {
+            for (int64_t j = 0; j < size; j++) next_state[(at - 1) * size + j] = coordinates[j];
         }
-        call->mask[at] = !(over | broken | again);
-        if (step == num_steps - 1) finite_first = !broken;
+        actions[at] = action;
+        call.action_log_prob[at] = broken ? 0.0f : action_log_prob;
+        call.delta_log_prob[at] = broken ? 0.0f : delta_log_prob;
+        call.mask[at] = !(over | broken);
     }
-    return finite_first;
+}
+
+/* Masks steps whose state comes again later. */
+static void mask_visits(const group *g, int64_t *seen) {
+    const int64_t num_steps = g->call->num_steps;
+    for (int i = 0; i < g->count; i++) {
+        const int64_t row = g->first + i;
+        for (int64_t step = num_steps; step >= 0; step--) {
+            int64_t *last = seen + g->path[step * GROUP + i];
+            /* `seen` holds, for each state, the last trace that was there, counted from 1. */
+            if (*last == row + 1) g->call->mask[row * num_steps + step] = 0;
+            *last = row + 1;
+        }
+    }
+}
+
+/* Walks a group; returns how many of its first steps are finite, or -1 for a start that is no
+ * state. */
+static int64_t walk_group(group *g, const philox_keys *keys, int64_t *seen) {
+    const recall_model *m = g->model;
+    const recall_call *call = g->call;
+    const int64_t size = m->state_size, last = call->num_steps - 1;
+    int64_t finite = 0;
+    for (int i = 0; i < g->count; i++) {
+        const int64_t row = g->first + i;
+        const int64_t *start = (const int64_t *)call->start + row / call->num_traces * size;
+        int64_t s = 0;
+        for (int64_t j = 0; j < size; j++) {
+            if (start[j] < 0 || start[j] >= m->cardinality[j]) return -1;
+            s = s * m->cardinality[j] + start[j];
+        }
+        g->state[i] = s;
+        g->over[i] = g->broken[i] = 0;
+        memcpy((int64_t *)call->next_state + (row * call->num_steps + last) * size, start,
+               (size_t)size * sizeof *start);
+        if (g->path) g->path[(last + 1) * GROUP + i] = (int32_t)s;
+    }
+    draw_group(g, keys);
+    for (int64_t step = last; step >= 0; step--) {
+        step_back(g, step);
+        if (g->path) {
+            for (int i = 0; i < g->count; i++) g->path[step * GROUP + i] = (int32_t)g->state[i];
+        }
+        if (step == last) {
+            for (int i = 0; i < g->count; i++) finite += !g->broken[i];
+        }
+    }
+    if (g->path) mask_visits(g, seen);
+    return finite;
 }
 
 int64_t NAME(recall_look_up)(const recall_model *model, const void *memory, recall_call *call);
 int64_t NAME(recall_look_up)(const recall_model *model, const void *memory, recall_call *call) {
     tables from;
     philox_keys keys;
+    group g = {model, &from, call, 0, 0, NULL, NULL, {0}, {0}, {0}};
+    const size_t steps = (size_t)call->num_steps;
+    int64_t *seen = NULL, status = OK;
     tables_layout(model, (void *)memory, &from);
     schedule_keys(&keys, (uint64_t)call->seed);
-    float *uniforms = malloc((size_t)(call->num_steps * 3) * sizeof *uniforms);
-    int64_t *seen = call->last_visit ? calloc((size_t)from.num_states, sizeof *seen) : NULL;
-    int64_t status = uniforms && (seen || !call->last_visit) ? OK : NO_MEMORY;
+    g.uniforms = malloc(steps * 3 * GROUP * sizeof *g.uniforms);
+    if (call->last_visit) {
+        g.path = malloc((steps + 1) * GROUP * sizeof *g.path);
+        seen = calloc((size_t)from.num_states, sizeof *seen);
+    }
+    if (!g.uniforms || (call->last_visit && !(g.path && seen))) status = NO_MEMORY;
     while (status == OK) {
-        int64_t first = atomic_add(&call->next_tile, 1) * TILE, finite = 0;
-        if (first >= call->num_rows) break;
-        for (int64_t row = first; row < first + TILE && row < call->num_rows; row++) {
-            draw_trace(call, &keys, row, uniforms);
-            int found = walk_trace(model, &from, call, row, uniforms, seen);
-            if (found < 0) atomic_add(&call->bad_starts, 1);
-            else finite += found;
+        g.first = atomic_add(&call->next_tile, 1) * GROUP;
+        if (g.first >= call->num_rows) break;
+        g.count = call->num_rows - g.first < GROUP ? (int)(call->num_rows - g.first) : GROUP;
+        int64_t finite = walk_group(&g, &keys, seen);
+        if (finite < 0) {
+            atomic_add(&call->bad_starts, 1);
+            break;
         }
         atomic_add(&call->finite_rows, finite);
     }
-    free(uniforms);
+    free(g.uniforms);
+    free(g.path);
     free(seen);
     return status;
 }
