@@ -94,7 +94,13 @@ def test_numbers_against_float64(observation, action, stop):
 
 @pytest.mark.parametrize(
     ("size", "action", "num_cells"),
-    [(11, 3, (64, 64)), (17, 6, (256, 256)), (5, 1, (1, 3)), (1, 2, ()), (30, 7, (100, 33, 17, 70))],
+    [
+        (11, 3, (64, 64)),
+        (17, 6, (256, 256)),
+        (5, 1, (1, 3)),
+        (1, 2, ()),
+        (30, 7, (100, 33, 17, 70)),
+    ],
 )
 def test_sizes_against_float64(size, action, num_cells):
     torch.manual_seed(size)

@@ -147,7 +147,8 @@ class ActionCodec(nn.Module):
             Tensor: ``[*B, *action shape]``.
         """
         if self.format == "continuous":
-            return action if len(self.shape) == 1 else action.unflatten(-1, self.shape)
+            flat = len(self.shape) == 1
+            return action if flat else action.reshape(action.shape[:-1] + self.shape)
         if self.format == "one_hot":
             one_hot = nn.functional.one_hot(action, self.head.output_size)
             return one_hot.to(self.spec_dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
@@ -21,7 +21,7 @@ from torchrl_recall.masking import blank_rows, one_each
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.observation import sorted_keys
 from torchrl_recall.traces import sample_traces
-from torchrl_recall.traces.backends import Backend
+from torchrl_recall.traces.backends import BACKENDS, PRECISIONS, Backend, Precision
 
 
 class BacktrackTransform(Transform):
@@ -52,6 +52,7 @@ class BacktrackTransform(Transform):
         generator (torch.Generator, optional): source of randomness, on the model's device. By
             default an own one, seeded from torch's; it is saved in ``state_dict()``.
         backend (str): backend of `sample_traces`.
+        precision (str): precision of `sample_traces`.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -93,6 +94,7 @@ class BacktrackTransform(Transform):
         value_key: NestedKey = "value_target",
         generator: torch.Generator | None = None,
         backend: Backend = "auto",
+        precision: Precision = "float32",
     ) -> None:
         if not isinstance(model, BacktrackModel):
             raise TypeError(f"model must be a BacktrackModel, got {type(model).__name__}.")
@@ -113,9 +115,12 @@ class BacktrackTransform(Transform):
         )
         self.last_visit = bool(last_visit)
         self.value_key = unravel_key(value_key)
-        if backend not in get_args(Backend):
-            raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}.")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
         self.backend: Backend = backend
+        self.precision: Precision = precision
         if min_value is not None:
             min_value = check_real("min_value", min_value)
         self.min_value = min_value
@@ -178,6 +183,7 @@ class BacktrackTransform(Transform):
             last_visit=self.last_visit,
             generator=self._generator(),
             backend=self.backend,
+            precision=self.precision,
         )
         if eligible is not None:
             mask = trace.get(("collector", "mask"))

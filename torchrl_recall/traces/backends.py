@@ -13,14 +13,15 @@ from torch import Tensor
 
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.native import interface
-from torchrl_recall.traces import eager, native, operator, table
+from torchrl_recall.traces import cuda_graph, eager, native, operator, table, triton_walk
 from torchrl_recall.traces.columns import Columns
+from torchrl_recall.traces.layout import Watch
 from torchrl_recall.traces.noise import TraceNoise
 from torchrl_recall.traces.tiles import tiled_walk
 from torchrl_recall.traces.walk import Walk, reference_walk
 
-Backend = Literal["auto", "reference", "eager", "table", "native"]
-Precision = Literal["float32", "bfloat16"]
+Backend = Literal["auto", "reference", "eager", "table", "graph", "native", "triton"]
+Precision = Literal["float32", "tf32", "float16", "bfloat16"]
 BACKENDS, PRECISIONS = get_args(Backend), get_args(Precision)
 
 
@@ -29,11 +30,13 @@ _KINDS: dict[str, _Kind] = {
     "reference": lambda model: partial(reference_walk, model),
     "eager": eager.EagerWalk,
     "table": table.TableWalk,
+    "graph": cuda_graph.GraphedWalk,
 }
 _UNSUPPORTED: dict[str, Callable[[BacktrackModel], str | None]] = {
     "reference": lambda model: None,
     "eager": eager.unsupported,
     "table": table.unsupported,
+    "graph": cuda_graph.unsupported,
 }
 
 
@@ -66,8 +69,12 @@ def backends() -> dict[str, BackendStatus]:
     else:
         instructions = interface.INSTRUCTION_SETS[int(library.recall_instruction_set())]
         in_c = BackendStatus(True, f"C kernel with {instructions}")
+    no_gpu = None if torch.cuda.is_available() else "there is no CUDA device"
+    no_triton = triton_walk.unavailable() or no_gpu
     return {
         "native": in_c,
+        "triton": BackendStatus(no_triton is None, no_triton or "Triton kernel, on CUDA"),
+        "graph": BackendStatus(no_gpu is None, no_gpu or "CUDA graph of the eager form"),
         "table": BackendStatus(True, "torch operations, for states that can be counted"),
         "eager": BackendStatus(True, "torch operations"),
         "reference": BackendStatus(True, "torch operations, written to be read"),
@@ -111,6 +118,13 @@ def walk(request: Request, backend: Backend) -> Columns:
     Raises:
         ValueError: a forced backend that cannot run the model, or an unknown one.
     """
+    if backend == "triton" or (backend == "auto" and request.start.is_cuda):
+        reason = _why_not_triton(request.model)
+        if reason is None:
+            return _by_triton(request)
+        if backend == "triton":
+            raise _refusal("triton", reason)
+        return _in_torch(request, reason)
     if backend in ("auto", "native"):
         if torch.compiler.is_compiling():
             reason = operator.why_not(request.model)
@@ -151,6 +165,45 @@ def _natively(request: Request, plan: native.Plan) -> Columns:
     )
 
 
+_verdicts: weakref.WeakKeyDictionary[BacktrackModel, tuple[Watch, None]]
+_verdicts = weakref.WeakKeyDictionary()
+
+
+def _why_not_triton(model: BacktrackModel) -> str | None:
+    """Say why the Triton kernel cannot run a model; looks again when the model has changed."""
+    if torch.compiler.is_compiling():
+        return "torch.compile traces the torch operations"
+    found = _verdicts.get(model)
+    if found is None or not found[0].sees_no_change():
+        reason = triton_walk.unsupported(model)
+        if reason is not None:
+            return reason
+        found = Watch(model), reason
+        _verdicts[model] = found
+    return found[1]
+
+
+def _by_triton(request: Request) -> Columns:
+    model, start = request.model, request.start
+    # Asking whether a start is finite would wait for the device: such traces are masked.
+    good = model.observation.are_states(start)
+    start = torch.where(good.unsqueeze(-1), start, 0.0)
+    if request.num_traces > 1:
+        start = start.repeat_interleave(request.num_traces, 0)
+        good = good.repeat_interleave(request.num_traces)
+    seed = None
+    if request.noise is None:
+        # Stays on the device, where the kernel reads it.
+        seed = torch.empty(1, dtype=torch.int64, device=start.device)
+        seed.random_(generator=request.generator)
+    precision = "float32" if request.precision == "bfloat16" else request.precision
+    columns = triton_walk.triton_walk(
+        model, start, request.num_steps, seed=seed, noise=request.noise, precision=precision
+    )
+    columns.mask.logical_and_(good.unsqueeze(-1))
+    return columns
+
+
 def _in_graph(request: Request) -> Columns:
     return operator.walk_in_graph(
         request.model,
@@ -172,7 +225,8 @@ def _in_torch(request: Request, reason: str) -> Columns:
         name: Backend = "table"
     else:
         slow = eager.unsupported(model)
-        name = "eager" if slow is None else "reference"
+        traced = torch.compiler.is_compiling() or cuda_graph.unsupported(model) is not None
+        name = "reference" if slow is not None else "eager" if traced else "graph"
         reason = slow or reason
     # That a dtype or a device has other backends is no news.
     if not torch.compiler.is_compiling() and (name == "reference" or native.not_for(model) is None):

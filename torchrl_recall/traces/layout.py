@@ -43,7 +43,7 @@ def unsupported(model: BacktrackModel) -> str | None:
         if len(layers) // 2 + 1 > interface.MAX_LAYERS:
             return f"{name} has more than {interface.MAX_LAYERS} Linear layers"
         for layer in layers[1::2]:
-            if _activation(layer) is None:
+            if activation_of(layer) is None:
                 return f"{name} has the activation {layer}"
     if any(not tensor.is_contiguous() for tensor in live_tensors(model)):
         return "a parameter or statistic is not contiguous"
@@ -65,6 +65,36 @@ def live_holders(model: BacktrackModel) -> list[dict[str, Tensor]]:
         found.append(getattr(part, "normalizer", None) or part)
         found[-1] = found[-1]._buffers
     return found
+
+
+class Watch:
+    """Notices when a model no longer has the modules and tensors that it had, at little cost.
+
+    Values are not looked at.
+
+    Args:
+        model (BacktrackModel): the model; not kept alive.
+    """
+
+    def __init__(self, model: BacktrackModel) -> None:
+        networks: Any = [getattr(model, name) for name in NETWORKS]
+        owners: Any = [model, *(network for network in networks if network is not None)]
+        self.modules = [(owner._modules, list(owner._modules.values())) for owner in owners]
+        layers: Any = [layer for network in owners[1:] for layer in network._modules.values()]
+        self.hooks = [h for m in layers for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.holders = live_holders(model)
+        # Held, so that no other tensor can come to lie at their addresses.
+        self.tensors = live_tensors(model)
+        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
+
+    def sees_no_change(self) -> bool:
+        """Return whether the model still has the modules and tensors it had."""
+        for holder, modules in self.modules:
+            if list(holder.values()) != modules:
+                return False
+        if any(self.hooks):
+            return False
+        return [t.data_ptr() for holder in self.holders for t in holder.values()] == self.addresses
 
 
 def live_tensors(model: BacktrackModel) -> list[Tensor]:
@@ -130,13 +160,14 @@ def _network(network: nn.Module | None) -> dict[str, Any] | None:
     if network is None:
         return None
     layers: Any = list(network._modules.values())
-    activation = _activation(layers[1]) if len(layers) > 1 else ("identity", 1.0)
+    activation = activation_of(layers[1]) if len(layers) > 1 else ("identity", 1.0)
     assert activation is not None
     widths = [layers[0].in_features, *(layer.out_features for layer in layers[::2])]
     return {"widths": widths, "activation": activation[0], "slope": activation[1]}
 
 
-def _activation(layer: nn.Module) -> tuple[str, float] | None:
+def activation_of(layer: nn.Module) -> tuple[str, float] | None:
+    """Return an activation's name and slope, or None if the kernels have no such."""
     name, slope = _ACTIVATIONS.get(type(layer)), 1.0
     if isinstance(layer, nn.LeakyReLU):
         slope = float(layer.negative_slope)

@@ -20,9 +20,8 @@ from torchrl_recall.model import BacktrackModel
 from torchrl_recall.native import interface
 from torchrl_recall.traces.columns import BadStart, Columns
 from torchrl_recall.traces.layout import (
-    NETWORKS,
+    Watch,
     layout_of,
-    live_holders,
     live_tensors,
     named_tensors,
     parse,
@@ -56,7 +55,6 @@ class Plan:
         self.library = library
         # Held, so that no other tensor can come to lie at their addresses.
         self.tensors = tensors
-        self.addresses = [tensor.data_ptr() for tensor in tensors]
         self.constants: list[Tensor] = []
         self.instruction_set = min(int(library.recall_instruction_set()), 513 if bfloat16 else 512)
         form, named = parse(layout), named_tensors(layout, tensors)
@@ -181,26 +179,6 @@ class Plan:
             torch.empty_like(mask),
         )
 
-    def watch(self, model: BacktrackModel) -> None:
-        """Remember where the model keeps what the plan points to."""
-        networks: Any = [getattr(model, name) for name in NETWORKS]
-        holders: Any = [model, *(network for network in networks if network is not None)]
-        self.modules = [(holder._modules, list(holder._modules.values())) for holder in holders]
-        self.holders = live_holders(model)
-        layers: Any = [layer for network in holders[1:] for layer in network._modules.values()]
-        self.hooks = [
-            h for layer in layers for h in (layer._forward_hooks, layer._forward_pre_hooks)
-        ]
-
-    def is_current(self) -> bool:
-        """Return whether the watched model still has the tensors that the plan points to."""
-        for holder, modules in self.modules:
-            if list(holder.values()) != modules:
-                return False
-        if any(self.hooks):
-            return False
-        return [t.data_ptr() for holder in self.holders for t in holder.values()] == self.addresses
-
 
 def _head(form: dict[str, Any], buffers: dict[str, Tensor]) -> interface.Head:
     head = interface.Head(**form)
@@ -226,7 +204,7 @@ def not_for(model: BacktrackModel) -> str | None:
     return None
 
 
-_plans: tuple[weakref.WeakKeyDictionary[BacktrackModel, Plan], ...] = (
+_plans: tuple[weakref.WeakKeyDictionary[BacktrackModel, tuple[Watch, Plan]], ...] = (
     weakref.WeakKeyDictionary(),
     weakref.WeakKeyDictionary(),
 )
@@ -242,17 +220,15 @@ def plan_of(model: BacktrackModel, bfloat16: bool = False) -> Plan | str:
     Returns:
         Plan or str: kept from call to call while the model has the same tensors.
     """
-    plan = _plans[bfloat16].get(model)
-    if plan is not None:
-        if plan.is_current():
-            return plan
-        del _plans[bfloat16][model]
+    found = _plans[bfloat16].get(model)
+    if found is not None and found[0].sees_no_change():
+        return found[1]
+    _plans[bfloat16].pop(model, None)
     reason = interface.load()[1] or not_for(model) or unsupported(model)
     if reason is not None:
         return reason
     plan = Plan(layout_of(model), live_tensors(model), bfloat16)
-    plan.watch(model)
-    _plans[bfloat16][model] = plan
+    _plans[bfloat16][model] = Watch(model), plan
     return plan
 
 

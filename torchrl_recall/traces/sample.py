@@ -44,11 +44,15 @@ def sample_traces(
             torch's own.
         noise (TraceNoise, optional): the random numbers themselves, for ``n = prod(B) N`` traces.
         backend (str): ``"auto"`` takes the quickest that can run the model, see
-            `torchrl_recall.traces.backends`; ``"native"`` (C, float32 on the CPU), ``"table"``
-            (states that can be counted), ``"eager"`` (any stack of Linear layers) or
-            ``"reference"`` (readable). Given the same noise, all give the same numbers to rounding.
-        precision (str): least precision of the networks' products: ``"bfloat16"`` lets the native
-            backend multiply in it, at some 1 % of error, where the processor can.
+            `torchrl_recall.traces.backends`: ``"native"`` (C, float32 on the CPU), ``"triton"``
+            (float32 on a GPU, continuous), ``"table"`` (states that can be counted), ``"graph"``
+            (the eager form on a GPU), ``"eager"`` (any stack of Linear layers) or ``"reference"``
+            (readable). Given the same noise, all give the same numbers to rounding; from the same
+            generator ``"native"`` and ``"triton"`` draw one stream, and the others another. Inside
+            `torch.compile`, ``generator`` breaks the graph.
+        precision (str): least precision of the networks' products. ``"bfloat16"`` (native, where
+            the processor multiplies it, about 1 % of error), ``"tf32"`` and ``"float16"`` (triton);
+            a backend without it stays with the model's.
 
     Returns:
         TensorDict: batch ``[*B, T]`` (``[*B, N, T]`` with ``num_traces``), oldest step first, the
@@ -60,8 +64,9 @@ def sample_traces(
     Raises:
         KeyError: an observation key is missing.
         TypeError: an argument of the wrong type.
-        ValueError: empty or non-finite observations, wrong shapes, dtypes or devices, lengths
-            below 1, or a forced backend that cannot run the model.
+        ValueError: empty or non-finite observations (on a GPU these give masked traces of zeros, as
+            asking would wait for it), wrong shapes, dtypes or devices, lengths below 1, or a forced
+            backend that cannot run the model.
 
     Source: Goyal et al., *Recall Traces*, ICLR 2019, https://arxiv.org/abs/1804.00379.
 

@@ -16,8 +16,8 @@ from torchrl_recall.traces.masks import since_start
 from torchrl_recall.traces.noise import TraceNoise, draw_noise
 from torchrl_recall.traces.walk import Walk
 
-# Rows whose activations stay in the cache through all steps.
-TILE = 512
+# Rows whose activations stay in the cache through all steps; a GPU wants more at once.
+TILE, CUDA_TILE = 512, 4096
 
 
 @torch.no_grad()
@@ -31,7 +31,6 @@ def tiled_walk(
     generator: torch.Generator | None,
     noise: TraceNoise | None,
     last_visit: bool,
-    tile: int = TILE,
 ) -> Columns:
     """Walk back from states, tile by tile.
 
@@ -44,7 +43,6 @@ def tiled_walk(
         generator (torch.Generator, optional): source of randomness, on the model's device.
         noise (TraceNoise, optional): the random numbers themselves.
         last_visit (bool): mask steps whose state comes again.
-        tile (int): traces that walk together.
 
     Returns:
         Columns: ``[S * num_traces, T]``.
@@ -64,6 +62,7 @@ def tiled_walk(
     columns = Columns.empty(model, len(rows), num_steps)
     # States of a Gaussian walk never come back exactly, so there is nothing to compare.
     last_visit = last_visit and isinstance(model.delta_head, CategoricalHead)
+    tile = CUDA_TILE if start.is_cuda else TILE
     for low in range(0, len(rows), tile):
         part = slice(low, low + tile)
         starts = rows[part]
