@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +12,8 @@ from torchrl_recall import BacktrackModel, sample_traces, traces
 
 
 def backends() -> dict[str, str]:
-    """Return the backends that this machine has, and with what, if the library can tell."""
-    found = getattr(traces, "backends", dict)()
-    return {name: status.detail for name, status in found.items() if status.available}
+    """Return the backends that this machine has, and with what."""
+    return {name: status.detail for name, status in traces.backends().items() if status.available}
 
 
 def ours(model: BacktrackModel, start: Tensor, num_steps: int, **options: Any) -> Callable[[], Any]:
@@ -37,9 +35,8 @@ def ours(model: BacktrackModel, start: Tensor, num_steps: int, **options: Any) -
     def walk() -> Any:
         return sample_traces(model, start, num_steps=num_steps, **options)
 
-    unknown = options.keys() - inspect.signature(sample_traces).parameters.keys()
-    if unknown:
-        raise Unavailable(f"sample_traces does not know {', '.join(sorted(unknown))}")
+    if options.get("precision") == "bfloat16" and "bfloat16" not in backends().get("native", ""):
+        raise Unavailable("this processor does not multiply bfloat16")
     if options.keys() & {"backend", "precision"}:
         try:
             walk()

@@ -41,7 +41,6 @@ def test_ratio(
     record = take_turns(
         f"traces, {name}", own | others, rounds=rounds, warmup=warmup, skipped=refused | absent
     )
-    assert record["ratios"]["TorchRL rollout"] > 0
     # Discrete states are looked up, so that no product is needed at every step.
     if device.type == "cpu" and name != "four rooms":
         core = request.getfixturevalue("core")

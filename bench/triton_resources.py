@@ -112,7 +112,7 @@ def main() -> None:
     """Compile all and save what they take."""
     kernels = []
     for size, sizes in SIZES.items():
-        for precision in triton_walk.PRECISIONS:
+        for precision in triton_walk.DOT_PRECISIONS:
             kernel, tiles = compile_walk(
                 sizes["features"],
                 sizes["actions"],
@@ -125,7 +125,7 @@ def main() -> None:
             )
             print(kernels[-1], flush=True)
     machine = {**describe(), "device": "none (compiled for sm_90)", "triton": version("triton")}
-    content = {"machine": machine, "sizes": SIZES, "records": [], "kernels": kernels}
+    content = {"machine": machine, "sizes": SIZES, "kernels": kernels}
     path = RESULTS / "triton-sm90.json"
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

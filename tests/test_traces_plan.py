@@ -61,8 +61,8 @@ CHANGES = {
     "data set": lambda model: setattr(
         next(iter(model.action_network)).weight, "data", torch.randn(16, 3)
     ),
-    "layer": lambda model: model.delta_network.__setitem__(2, nn.Linear(16, 6)),
-    "activation": lambda model: model.delta_network.__setitem__(1, nn.Tanh()),
+    "layer": lambda model: model.delta_network.__setitem__(4, nn.Linear(16, 6)),
+    "activation": lambda model: [model.delta_network.__setitem__(i, nn.Tanh()) for i in (1, 3)],
     "network": lambda model: setattr(
         model, "action_network", nn.Sequential(nn.Linear(3, 20), nn.SiLU(), nn.Linear(20, 4))
     ),
@@ -77,6 +77,11 @@ CHANGES = {
         torch.randn(8, 3), torch.rand(8, 2), torch.randn(8, 3) + 2
     ),
     "reset": lambda model: model.reset_parameters_recursive(),
+    "scale range": lambda model: setattr(model.delta_head, "log_scale_range", (-3.0, 1.0)),
+    "floor": lambda model: setattr(model.observation.normalizer, "floor", 3.0),
+    "transposed": lambda model: setattr(
+        list(model.delta_network)[2].weight, "data", list(model.delta_network)[2].weight.data.t()
+    ),
     "double": lambda model: model.double(),
     "double and back": lambda model: model.double().float(),
 }
@@ -86,10 +91,12 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_parameter_is_seen(change):
     torch.manual_seed(0)
-    model = BacktrackModel(3, 2, num_cells=(16,))
+    model = BacktrackModel(3, 2, num_cells=(16, 16))
     before = walk(model)
     CHANGES[change](model)
-    after = walk(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a transposed weight walks in torch
+        after = walk(model)
     assert_same(after, walk(model, "eager"), 1e-5)
     if change != "double and back" and after["observation"].dtype == F32:
         same = all(torch.equal(v, after[k]) for k, v in before.items(True, True))
@@ -107,10 +114,28 @@ def test_a_hook_or_a_parametrization_is_seen():
     assert_same(hooked, walk(model, "reference"), 0)
     handle.remove()
     assert_same(walk(model), walk(model, "native"), 0)
+    handle = model.delta_network.register_forward_hook(lambda module, inputs, output: output + 1)
+    with pytest.warns(UserWarning, match=r"delta_network has hooks"):
+        assert_same(walk(model), walk(model, "reference"), 0)
+    handle.remove()
     nn.utils.parametrizations.spectral_norm(layer)
     with pytest.warns(UserWarning, match="falls back to the reference backend"):
         normed = walk(model.eval())
     assert_same(normed, walk(model, "reference"), 0)
+
+
+@needs_library
+def test_settings_of_an_activation_and_a_lost_bias_are_seen():
+    model = BacktrackModel(3, 2, num_cells=(16,), activation_class=nn.LeakyReLU)
+    before = walk(model)
+    for network in (model.action_network, model.delta_network):
+        network[1].negative_slope = 0.7
+    assert_same(walk(model), walk(model, "eager"), 1e-5)
+    assert not torch.equal(walk(model)["action"], before["action"])
+    model.action_network[0].bias = None
+    with pytest.warns(UserWarning, match="falls back to the reference backend.*without bias"):
+        traces = walk(model)
+    assert_same(traces, walk(model, "reference"), 0)
 
 
 @needs_library
@@ -278,8 +303,9 @@ def backends_module():
 @pytest.mark.usefixtures("no_library")
 def test_without_the_library_one_warning_and_the_torch_path():
     model = BacktrackModel(3, 2, num_cells=(16,))
-    with pytest.warns(UserWarning, match=r"falls back to the eager backend.*was not built"):
+    with pytest.warns(UserWarning, match=r"falls back to the eager backend.*was not built") as seen:
         traces = walk(model)
+    assert seen[0].filename == __file__  # the line that called sample_traces
     # Warnings are errors here: there is no second one.
     walk(BacktrackModel(3, 2, num_cells=(16,)))
     assert_same(traces, walk(model, "eager"), 0)
@@ -306,6 +332,24 @@ def test_float64_walks_in_torch_without_a_word():
     assert_same(walk(model), walk(model, "eager"), 0)
     with pytest.raises(ValueError, match="float64"):
         walk(model, "native")
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_noise_of_another_kind_is_refused(backend):
+    model = make_model(dtype=F32, stop=True)
+    if backend == "native" and interface.load()[0] is None:
+        pytest.skip("no native library")
+    for part in ("action", "delta", "stop"):
+        for wrong, message in (
+            (lambda x: x.double(), "has dtype torch.float64, expected torch.float32"),
+            (lambda x: x.to("meta"), "is on device meta"),
+        ):
+            noise = make_noise(model, 3, 9)
+            noise = noise._replace(**{part: wrong(getattr(noise, part))})
+            with pytest.raises(ValueError, match=f"noise.{part} {message}"):
+                sample_traces(
+                    model, make_start(model, 9), num_steps=3, noise=noise, backend=backend
+                )
 
 
 def test_unknown_precision_is_refused():

@@ -28,15 +28,15 @@ ACTIVATIONS = (
     "mish",
 )
 NORMAL, TANH_NORMAL, CLASS, SUPPORT = range(4)
-OK, NO_MEMORY = 0, 1
+OK = 0
 # What `instruction_set` gives: the widest that the processor has.
 INSTRUCTION_SETS = {0: "portable", 256: "AVX2", 512: "AVX-512", 513: "AVX-512 with bfloat16"}
-LIBRARY = Path(__file__).with_name("librecall.dll" if os.name == "nt" else "librecall.so")
+_BUILT = Path(__file__).with_name("librecall.dll" if os.name == "nt" else "librecall.so")
+# The variable is for tests of the library: another build of it.
+LIBRARY = Path(os.environ.get("TORCHRL_RECALL_LIBRARY", _BUILT))
 # Philox4x32-10 of one counter, computed in Python's integers (`tests/philox_stream.py`).
 KNOWN_COUNTER, KNOWN_SEED = (0x243F6A88, 0x85A308D3, 0x13198A2E), 0x299F31D0A4093822
 KNOWN_WORDS = (0xAE120E9D, 0xA08A4CAB, 0xD28EC6A2, 0x42D73C1F)
-# For tests of the library: another build of it.
-LIBRARY = Path(os.environ.get("TORCHRL_RECALL_LIBRARY", LIBRARY))
 
 
 class Network(Structure):
@@ -92,7 +92,6 @@ class Model(Structure):
 # A call is an array of 64-bit words; pointers are among them. These are their places.
 CALL_FIELDS = (
     "num_rows",
-    "num_starts",
     "num_traces",
     "num_steps",
     "start",

@@ -21,7 +21,7 @@ from torchrl_recall.traces.tiles import tiled_walk
 from torchrl_recall.traces.walk import Walk, reference_walk
 
 Backend = Literal["auto", "reference", "eager", "table", "graph", "native", "triton"]
-Precision = Literal["float32", "tf32", "float16", "bfloat16"]
+Precision = Literal["float32", "tf32x3", "tf32", "float16", "bfloat16"]
 BACKENDS, PRECISIONS = get_args(Backend), get_args(Precision)
 
 
@@ -165,22 +165,21 @@ def _natively(request: Request, plan: native.Plan) -> Columns:
     )
 
 
-_verdicts: weakref.WeakKeyDictionary[BacktrackModel, tuple[Watch, None]]
-_verdicts = weakref.WeakKeyDictionary()
+# Models that the Triton kernel can run, until they change.
+_suited: weakref.WeakKeyDictionary[BacktrackModel, Watch] = weakref.WeakKeyDictionary()
 
 
 def _why_not_triton(model: BacktrackModel) -> str | None:
     """Say why the Triton kernel cannot run a model; looks again when the model has changed."""
     if torch.compiler.is_compiling():
         return "torch.compile traces the torch operations"
-    found = _verdicts.get(model)
-    if found is None or not found[0].sees_no_change():
+    watch = _suited.get(model)
+    if watch is None or not watch.sees_no_change():
         reason = triton_walk.unsupported(model)
         if reason is not None:
             return reason
-        found = Watch(model), reason
-        _verdicts[model] = found
-    return found[1]
+        _suited[model] = Watch(model)
+    return None
 
 
 def _by_triton(request: Request) -> Columns:
@@ -196,6 +195,7 @@ def _by_triton(request: Request) -> Columns:
         # Stays on the device, where the kernel reads it.
         seed = torch.empty(1, dtype=torch.int64, device=start.device)
         seed.random_(generator=request.generator)
+    # `last_visit` has no meaning for the continuous states that this kernel walks.
     precision = "float32" if request.precision == "bfloat16" else request.precision
     columns = triton_walk.triton_walk(
         model, start, request.num_steps, seed=seed, noise=request.noise, precision=precision
@@ -228,8 +228,10 @@ def _in_torch(request: Request, reason: str) -> Columns:
         traced = torch.compiler.is_compiling() or cuda_graph.unsupported(model) is not None
         name = "reference" if slow is not None else "eager" if traced else "graph"
         reason = slow or reason
-    # That a dtype or a device has other backends is no news.
-    if not torch.compiler.is_compiling() and (name == "reference" or native.not_for(model) is None):
+    # Float64 and other devices have these backends, and a GPU the tables; that is no news.
+    expected = model.dtype != torch.float32 or model.device.type not in ("cpu", "cuda")
+    expected |= model.device.type == "cuda" and name == "table"
+    if not torch.compiler.is_compiling() and (name == "reference" or not expected):
         _warn_once(model, name, reason)
     return _tiled(request, _KINDS[name])
 
@@ -265,4 +267,4 @@ def _warn_once(model: BacktrackModel, name: str, reason: str) -> None:
         if reason in known:
             return
         known.add(reason)
-    warnings.warn(f"sample_traces falls back to the {name} backend: {reason}.", stacklevel=6)
+    warnings.warn(f"sample_traces falls back to the {name} backend: {reason}.", stacklevel=5)

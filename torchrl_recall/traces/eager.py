@@ -48,7 +48,7 @@ def unsupported(model: BacktrackModel) -> str | None:
         linear, activations = layers[::2], layers[1::2]
         if not layers or len(layers) % 2 == 0 or not all(type(m) is nn.Linear for m in linear):
             return f"{name} is not an alternation of Linear layers and activations"
-        if any(m._forward_hooks or m._forward_pre_hooks for m in layers):
+        if any(m._forward_hooks or m._forward_pre_hooks for m in [network, *layers]):
             return f"{name} has hooks"
         if any(m.bias is None for m in linear):
             return f"{name} has Linear layers without bias"

@@ -32,6 +32,18 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 }
 
 
+# What else a walk depends on: attributes of heads, normalizers and activations.
+_SETTINGS = (
+    "alpha",
+    "approximate",
+    "beta",
+    "floor",
+    "log_scale_range",
+    "negative_slope",
+    "threshold",
+)
+
+
 def unsupported(model: BacktrackModel) -> str | None:
     """Say why a model has no layout that the native library can run, or None if it has."""
     reason = eager.unsupported(model)
@@ -49,6 +61,9 @@ def unsupported(model: BacktrackModel) -> str | None:
         return "a parameter or statistic is not contiguous"
     if model.observation.is_discrete and model.observation.num_states >= 2**53:
         return "there are 2^53 states or more"
+    for head in (model.action.head, model.delta_head):
+        if isinstance(head, CategoricalHead) and head.output_size >= 2**22:
+            return "a head has 2^22 classes or more"
     if model.observation.is_discrete and max(model.observation.cardinality) >= 2**24:
         return "a coordinate has 2^24 values or more"
     return None
@@ -68,9 +83,7 @@ def live_holders(model: BacktrackModel) -> list[dict[str, Tensor]]:
 
 
 class Watch:
-    """Notices when a model no longer has the modules and tensors that it had, at little cost.
-
-    Values are not looked at.
+    """Notices when a model is no longer built as it was, at little cost; values may change.
 
     Args:
         model (BacktrackModel): the model; not kept alive.
@@ -81,20 +94,31 @@ class Watch:
         owners: Any = [model, *(network for network in networks if network is not None)]
         self.modules = [(owner._modules, list(owner._modules.values())) for owner in owners]
         layers: Any = [layer for network in owners[1:] for layer in network._modules.values()]
-        self.hooks = [h for m in layers for h in (m._forward_hooks, m._forward_pre_hooks)]
+        hooked = [*owners[1:], *layers]
+        self.hooks = [h for m in hooked for h in (m._forward_hooks, m._forward_pre_hooks)]
+        parts: Any = [model.action.head, model.delta_head, model.observation]
+        parts += [getattr(part, "normalizer", None) for part in parts]
+        holders = [part.__dict__ for part in [*parts, *layers] if part is not None]
+        self.settings = [(d, name) for d in holders for name in _SETTINGS if name in d]
+        self.values = [d[name] for d, name in self.settings]
         self.holders = live_holders(model)
         # Held, so that no other tensor can come to lie at their addresses.
         self.tensors = live_tensors(model)
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
 
     def sees_no_change(self) -> bool:
-        """Return whether the model still has the modules and tensors it had."""
+        """Return whether the model still has the modules, settings and tensors it had."""
         for holder, modules in self.modules:
             if list(holder.values()) != modules:
                 return False
-        if any(self.hooks):
+        if any(self.hooks) or [d[name] for d, name in self.settings] != self.values:
             return False
-        return [t.data_ptr() for holder in self.holders for t in holder.values()] == self.addresses
+        tensors = [tensor for holder in self.holders for tensor in holder.values()]
+        try:
+            dense = all(tensor.is_contiguous() for tensor in tensors)
+            return dense and [tensor.data_ptr() for tensor in tensors] == self.addresses
+        except AttributeError:  # a bias became None
+            return False
 
 
 def live_tensors(model: BacktrackModel) -> list[Tensor]:

@@ -52,6 +52,13 @@ class Plan:
         library, reason = interface.load()
         if library is None:
             raise RuntimeError(f"the native backend is not there: {reason}")
+        for tensor in tensors:
+            wrong = tensor.is_floating_point() and tensor.dtype != torch.float32
+            if wrong or not (tensor.is_cpu and tensor.is_contiguous()):
+                raise ValueError(
+                    f"the native backend needs contiguous float32 tensors on the CPU, got "
+                    f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}."
+                )
         self.library = library
         # Held, so that no other tensor can come to lie at their addresses.
         self.tensors = tensors
@@ -262,6 +269,8 @@ def walk(
         MemoryError: no memory for the walk.
     """
     num_rows = len(start) * num_traces
+    if num_rows >= 2**32:
+        raise ValueError(f"next_observation gives {num_rows} traces, expected fewer than 2^32.")
     start = start.contiguous()
     columns, block = plan.columns(num_rows, num_steps), plan.current_block()
     given = [0, 0, 0]
@@ -270,7 +279,6 @@ def walk(
         given = [0 if part is None else part.data_ptr() for part in noise]
     call = interface.Call(
         num_rows,
-        len(start),
         num_traces,
         num_steps,
         start.data_ptr(),

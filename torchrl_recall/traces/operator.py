@@ -1,7 +1,8 @@
 """``torchrl_recall::walk``: the native walk as an operator, for `torch.compile` and `torch.export`.
 
 Outside of a compiled graph `sample_traces` calls the walk directly: an operator costs more than a
-small walk. A saved program holds the layout as a string and needs this library to run.
+small walk. A saved program holds the layout as a string and needs this library to run. Parameters
+are read at every run; the layout (bounds of scales, slopes, hooks) is that of the compilation.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _MAX_PLANS = 16
 _plans: OrderedDict[tuple, Plan] = OrderedDict()
 
 
-@torch.library.custom_op("torchrl_recall::walk", mutates_args=(), schema=_SCHEMA)
+@torch.library.custom_op(
+    "torchrl_recall::walk", mutates_args=(), device_types="cpu", schema=_SCHEMA
+)
 def _walk(start, seed, noise, tensors, layout, num_traces, num_steps, last_visit, bfloat16):
     key = (layout, bfloat16, *[tensor.data_ptr() for tensor in tensors])
     plan = _plans.pop(key, None)

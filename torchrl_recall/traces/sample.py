@@ -1,4 +1,4 @@
-"""`sample_traces`: checks at the door, one tile after the other, one TensorDict at the end."""
+"""`sample_traces`: checks at the door, one backend, one TensorDict at the end."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
 from torchrl_recall.checks import check_at_least_one, check_device
+from torchrl_recall.heads import CategoricalHead
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.traces.backends import PRECISIONS, Backend, Precision, Request, walk
 from torchrl_recall.traces.columns import BadStart, Columns
@@ -50,9 +51,9 @@ def sample_traces(
             (readable). Given the same noise, all give the same numbers to rounding; from the same
             generator ``"native"`` and ``"triton"`` draw one stream, and the others another. Inside
             `torch.compile`, ``generator`` breaks the graph.
-        precision (str): least precision of the networks' products. ``"bfloat16"`` (native, where
-            the processor multiplies it, about 1 % of error), ``"tf32"`` and ``"float16"`` (triton);
-            a backend without it stays with the model's.
+        precision (str): least precision of the networks' products: ``"bfloat16"`` (native, where
+            the processor multiplies it, about 1 % of error), ``"tf32x3"`` (nearly float32),
+            ``"tf32"`` and ``"float16"`` (triton). A backend without it stays with the model's.
 
     Returns:
         TensorDict: batch ``[*B, T]`` (``[*B, N, T]`` with ``num_traces``), oldest step first, the
@@ -101,9 +102,9 @@ def sample_traces(
     added = [num_steps] if num_traces is None else [num_traces, num_steps]
     if noise is not None:
         _check_noise(model, noise, num_steps, len(rows) * repeats)
-    request = Request(
-        model, rows, repeats, num_steps, generator, noise, bool(last_visit), precision
-    )
+    # States of a Gaussian walk come back by rounding only, so there is nothing to compare.
+    last_visit = bool(last_visit) and isinstance(model._modules["delta_head"], CategoricalHead)
+    request = Request(model, rows, repeats, num_steps, generator, noise, last_visit, precision)
     try:
         columns = walk(request, backend)
     except BadStart:
@@ -126,6 +127,11 @@ def _check_noise(model: BacktrackModel, noise: TraceNoise, num_steps: int, rows:
         found = None if part is None else tuple(part.shape)
         if found != shape:
             raise ValueError(f"noise.{name} has shape {found}, expected {shape}.")
+        if part is None:
+            continue
+        if part.dtype != model.dtype:
+            raise ValueError(f"noise.{name} has dtype {part.dtype}, expected {model.dtype}.")
+        check_device(f"noise.{name}", part.device, model.device)
 
 
 def _tensordict(model: BacktrackModel, columns: Columns, shape: torch.Size) -> TensorDict:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchrl_recall.heads import CategoricalHead, SupportDelta
+from torchrl_recall.heads import SupportDelta
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.traces.columns import BadStart, Columns
 from torchrl_recall.traces.masks import last_visit as last_visit_mask
@@ -60,8 +60,6 @@ def tiled_walk(
         start = torch.where(good.unsqueeze(-1), start, torch.zeros_like(start))
     rows = start.unsqueeze(1).expand(-1, num_traces, -1).reshape(-1, start.shape[-1])
     columns = Columns.empty(model, len(rows), num_steps)
-    # States of a Gaussian walk never come back exactly, so there is nothing to compare.
-    last_visit = last_visit and isinstance(model.delta_head, CategoricalHead)
     tile = CUDA_TILE if start.is_cuda else TILE
     for low in range(0, len(rows), tile):
         part = slice(low, low + tile)

@@ -23,7 +23,7 @@ from torchrl_recall.traces.noise import TraceNoise
 from torchrl_recall.traces.triton_pack import LINE, Sizes, networks, pack, sources
 
 MAX_FEATURES, MAX_ACTIONS, MAX_WIDTH = 128, 16, 1024
-PRECISIONS = {"float32": "ieee", "tf32x3": "tf32x3", "tf32": "tf32", "float16": "ieee"}
+DOT_PRECISIONS = {"float32": "ieee", "tf32x3": "tf32x3", "tf32": "tf32", "float16": "ieee"}
 # Tiles of a launch for each multiprocessor; with more, the scratch would outgrow the cache.
 TILES_A_LAUNCH = 8
 
@@ -63,8 +63,6 @@ def _wrong_networks(model: BacktrackModel) -> str | None:
         return reason
     widths, kinds = set(), set()
     for network in networks(model):
-        if network._forward_hooks or network._forward_pre_hooks:
-            return "a network has hooks"
         layers: list[Any] = list(network)
         widths.add(tuple(linear.out_features for linear in layers[:-1:2]))
         for module in layers[1::2]:
@@ -166,8 +164,8 @@ def triton_walk(
     kernel: Any = walk_kernel
     if (seed is None) == (noise is None):
         raise ValueError("triton_walk needs either a seed or noise.")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}.")
+    if precision not in DOT_PRECISIONS:
+        raise ValueError(f"precision must be one of {list(DOT_PRECISIONS)}, got {precision!r}.")
     with torch.cuda.device_of(start):
         columns = Columns.empty(model, len(start), num_steps)
         weights, vectors = pack(model, precision)
@@ -241,7 +239,7 @@ def constants(
         "SQUASHES": isinstance(model.action.head, TanhNormalHead),
         "STOPS": sizes.stops,
         "DRAWS": draws,
-        "PRECISION": PRECISIONS[precision],
+        "PRECISION": DOT_PRECISIONS[precision],
         "BM": tiles.rows,
         "STAGES": tiles.stages,
     }

@@ -50,7 +50,7 @@ INLINE vf v_tanh(vf x) {
     return v_tanh_from(x, size, v_exp(v_mul(size, v_set(-2.0f))));
 }
 
-/* log(x) of a positive normal number. */
+/* log(x) of a positive normal number, or NaN. */
 INLINE vf v_log(vf x) {
     /* The exponent of x / sqrt(1/2), so that the rest lies in [sqrt(1/2), sqrt(2)). */
     vi shifted = vi_sub(v_bits(x), vi_set(0x3f3504f3u));
@@ -70,7 +70,8 @@ INLINE vf v_log(vf x) {
     vf r = v_mul(v_mul(z, f), p);
     r = v_fma(k, v_set(-2.12194440e-4f), r);
     r = v_fma(z, v_set(-0.5f), r);
-    return v_fma(k, v_set(0.693359375f), v_add(f, r));
+    /* The bits above hide a NaN; the product brings it back. */
+    return v_fma(x, v_set(0.0f), v_fma(k, v_set(0.693359375f), v_add(f, r)));
 }
 
 /* log(1 + e) for e in [0, 1]. */

@@ -143,8 +143,14 @@ static void displace(tile *t) {
         } else if (m->has_dead_ends && t->row[lane] == 0.0f) {
             t->over[lane] = 1;
         } else {
-            for (int64_t i = 0; i < size; i++)
-                t->state[i * TILE + lane] += m->support[t->chosen[lane] * size + i];
+            const float *step = m->support + t->chosen[lane] * size;
+            int inside = 1;
+            /* Logits that are not numbers choose anything, and what is no state has no embedding. */
+            for (int64_t i = 0; m->is_discrete && i < size; i++) {
+                float reached = t->state[i * TILE + lane] + step[i];
+                inside &= reached >= 0.0f && reached < (float)m->cardinality[i];
+            }
+            for (int64_t i = 0; inside && i < size; i++) t->state[i * TILE + lane] += step[i];
         }
     }
 }

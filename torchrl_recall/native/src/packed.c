@@ -5,9 +5,6 @@
 #include <string.h>
 
 #define LOG_SQRT_2_PI 0.91893853320467274
-#define WIDEST_VECTOR 16
-
-static int is_gaussian(const recall_head *head) { return head->kind <= HEAD_TANH_NORMAL; }
 
 /* Inputs of a first layer: `hot` one-hot features of the state, dense ones, `hot` ones of the
  * action, in the order of the weight's columns. */
@@ -74,18 +71,12 @@ static int64_t visit(const recall_model *m, char *copy, visitor see) {
 
 /* ---- the layout ---- */
 
-static const void *place(uintptr_t *cursor, int64_t bytes) {
-    const void *here = (const void *)*cursor;
-    *cursor += (uintptr_t)((bytes + 63) / 64 * 64);
-    return here;
-}
-
 int64_t packed_layout(const recall_model *m, const void *block, packed_model *packed) {
     uintptr_t cursor = (uintptr_t)block;
     int64_t widest = m->action.size > m->delta.size ? m->action.size : m->delta.size;
     if (widest < TILE) widest = TILE; /* a row of a tile must fit, too */
     memset(packed, 0, sizeof *packed);
-    place(&cursor, visit(m, NULL, size_only));
+    take(&cursor, visit(m, NULL, size_only));
     for (int n = 0; n < NUM_NETWORKS; n++) {
         const recall_network *network = &m->network[n];
         packed_network *to = &packed->network[n];
@@ -98,28 +89,28 @@ int64_t packed_layout(const recall_model *m, const void *block, packed_model *pa
             if (i == 0) in = first_inputs(m, n);
             int64_t hot = in.hot_before + in.hot_after;
             int64_t outputs = network->width[i + 1];
-            int64_t padded = (outputs + WIDEST_VECTOR - 1) / WIDEST_VECTOR * WIDEST_VECTOR;
+            int64_t padded = ROUND_UP(outputs, WIDEST_VECTOR);
             layer->inputs = in.dense;
             layer->outputs = outputs;
             if (m->is_bfloat16) {
-                layer->weight_pairs = place(&cursor, (in.dense + 1) / 2 * outputs * 4);
+                layer->weight_pairs = take(&cursor, (in.dense + 1) / 2 * outputs * 4);
             } else {
-                layer->weight = place(&cursor, in.dense * outputs * 4);
+                layer->weight = take(&cursor, in.dense * outputs * 4);
             }
-            layer->bias = place(&cursor, padded * 4);
-            layer->columns = hot ? place(&cursor, hot * padded * 4) : NULL;
+            layer->bias = take(&cursor, padded * 4);
+            layer->columns = hot ? take(&cursor, hot * padded * 4) : NULL;
             if (outputs > widest) widest = outputs;
         }
     }
-    packed->mean = place(&cursor, m->is_discrete ? 0 : m->state_size * 4);
+    packed->mean = take(&cursor, m->is_discrete ? 0 : m->state_size * 4);
     int64_t action = is_gaussian(&m->action) ? m->action.size * 4 : 0;
     int64_t delta = is_gaussian(&m->delta) ? m->delta.size * 4 : 0;
-    packed->action_add = place(&cursor, action);
-    packed->action_times = place(&cursor, action);
-    packed->delta_unit = place(&cursor, delta);
-    packed->delta_log_unit = place(&cursor, delta);
-    packed->constants = place(&cursor, 2 * 4);
-    packed->offset = place(&cursor, m->is_discrete ? (m->state_size + 1) * 8 : 0);
+    packed->action_add = take(&cursor, action);
+    packed->action_times = take(&cursor, action);
+    packed->delta_unit = take(&cursor, delta);
+    packed->delta_log_unit = take(&cursor, delta);
+    packed->constants = take(&cursor, 2 * 4);
+    packed->offset = take(&cursor, m->is_discrete ? (m->state_size + 1) * 8 : 0);
     packed->max_width = widest;
     return (int64_t)(cursor - (uintptr_t)block);
 }
@@ -171,7 +162,7 @@ static void pack_layer(const recall_model *m, int which, int64_t i, const packed
     memcpy((float *)layer->bias, network->bias[i], (size_t)layer->outputs * 4);
     if (!layer->columns) return;
     float *columns = (float *)layer->columns;
-    int64_t padded = (layer->outputs + WIDEST_VECTOR - 1) / WIDEST_VECTOR * WIDEST_VECTOR;
+    int64_t padded = ROUND_UP(layer->outputs, WIDEST_VECTOR);
     for (int64_t hot = 0; hot < in.hot_before + in.hot_after; hot++) {
         int64_t column = hot < in.hot_before ? hot : hot + in.dense;
         for (int64_t j = 0; j < layer->outputs; j++)
@@ -206,6 +197,7 @@ static void pack_heads(const recall_model *m, const packed_model *packed) {
 void recall_pack(const recall_model *m, void *block) {
     packed_model packed;
     memset(block, 0, (size_t)packed_layout(m, block, &packed));
+    /* First: what another thread writes meanwhile then differs from the copy, and is packed anew. */
     visit(m, block, write_copy);
     /* `mean` first holds the standard deviations, while weights are scaled by them. */
     float *mean = (float *)packed.mean;

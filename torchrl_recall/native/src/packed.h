@@ -7,6 +7,17 @@
 #include "recall.h"
 
 #define ROWS 6 /* outputs that a register block computes together */
+#define WIDEST_VECTOR 16
+#define ROUND_UP(n, to) (((n) + (to)-1) / (to) * (to))
+
+static inline int is_gaussian(const recall_head *head) { return head->kind <= HEAD_TANH_NORMAL; }
+
+/* A place in memory that is being laid out; of no memory, for its size alone. */
+static inline void *take(uintptr_t *cursor, int64_t bytes) {
+    void *place = (void *)*cursor;
+    *cursor += (uintptr_t)ROUND_UP(bytes, 64);
+    return place;
+}
 
 /* Weights lie input by input within a block of ROWS outputs; what is left of the outputs makes a
  * narrower block. In bfloat16 two inputs share a word, the even one in the lower half. */

@@ -23,7 +23,7 @@ enum activation {
     IDENTITY, RELU, LEAKY_RELU, ELU, TANH, SIGMOID, SILU, GELU, GELU_TANH, SOFTPLUS, MISH
 };
 enum head { HEAD_NORMAL, HEAD_TANH_NORMAL, HEAD_CLASS, HEAD_SUPPORT };
-enum status { OK = 0, NO_MEMORY = 1, NOT_FINITE_START = 2, NOT_FINITE_WALK = 3 };
+enum status { OK = 0, NO_MEMORY = 1 };
 
 /* Linear layers, each weight [width[i + 1], width[i]] and bias [width[i + 1]], row-major. */
 typedef struct {
@@ -62,8 +62,8 @@ typedef struct {
 
 /* Which traces, from where, with which random numbers, to where. Rows are traces. */
 typedef struct {
-    int64_t num_rows, num_starts, num_traces, num_steps; /* row r starts at start r / num_traces */
-    const void *start;                                   /* [num_starts, state_size] */
+    int64_t num_rows, num_traces, num_steps; /* row r starts at start r / num_traces */
+    const void *start;                                   /* [rows / num_traces, state_size] */
     int64_t seed;
     const float *noise_action, *noise_delta, *noise_stop; /* [T, rows, size], or NULL for `seed` */
     void *state, *next_state;                             /* [rows, T, state_size] float or int64 */
@@ -74,6 +74,9 @@ typedef struct {
     int64_t instruction_set; /* 0, 256, 512, or 513: AVX-512 with bfloat16 products */
     int64_t next_tile, finite_rows, bad_starts; /* shared by the threads of a call; begin at 0 */
 } recall_call;
+
+/* ../interface.py writes it as an array of 64-bit words. */
+typedef char recall_call_is_of_words[sizeof(recall_call) == 19 * sizeof(int64_t) ? 1 : -1];
 
 RECALL_EXPORT int64_t recall_version(void);
 /* The widest instruction set that this processor has, see `recall_call`. */

@@ -172,7 +172,8 @@ INLINE int count_below(const float *numbers, float threshold) {
 }
 
 /* How many of the cumulative shares lie at or below the drawn one: the class. */
-INLINE int64_t look_up(const float *cumulative, int64_t stride, float total, float uniform) {
+INLINE int64_t look_up(const float *cumulative, int64_t n, int64_t stride, float total,
+                       float uniform) {
     const float threshold = uniform * total * (1.0f - UNIT_ROUNDOFF);
     int64_t low = 0, high = stride / COUNTED - 1;
     while (low < high) {
@@ -180,7 +181,8 @@ INLINE int64_t look_up(const float *cumulative, int64_t stride, float total, flo
         if (cumulative[middle * COUNTED + COUNTED - 1] <= threshold) low = middle + 1;
         else high = middle;
     }
-    return low * COUNTED + count_below(cumulative + low * COUNTED, threshold);
+    low = low * COUNTED + count_below(cumulative + low * COUNTED, threshold);
+    return low < n ? low : n - 1; /* noise that was given may be infinite */
 }
 
 /* Traces that walk side by side, so that one's loads fill another's waiting time. */
@@ -234,18 +236,18 @@ static void step_back(group *g, int64_t step) {
     for (int i = 0; i < g->count; i++) {
         const int64_t s = g->state[i], row_a = s * from.num_actions, at = first + i * num_steps;
         const int64_t action = look_up(from.action_cumulative + s * from.action_stride,
-                                       from.action_stride, from.action_total[s],
+                                       from.num_actions, from.action_stride, from.action_total[s],
                                        uniforms[WORD_ACTION * GROUP + i]);
         const int64_t pair = row_a + action, row_d = pair * from.num_deltas;
         const int64_t delta = look_up(from.delta_cumulative + pair * from.delta_stride,
-                                      from.delta_stride, from.delta_total[pair],
+                                      from.num_deltas, from.delta_stride, from.delta_total[pair],
                                       uniforms[WORD_DELTA * GROUP + i]);
         const int64_t before = from.predecessor[s * from.num_deltas + delta];
         const float action_log_prob = from.action_log_prob[pair];
         const float delta_log_prob = from.delta_log_prob[row_d + delta];
         const int64_t *coordinates = from.coordinates + before * size;
         int over = g->over[i] | from.dead_end[s], broken = g->broken[i];
-        if (from.stop) over |= uniforms[WORD_STOP * GROUP + i] < from.stop[s];
+        if (from.stop) over |= !(from.stop[s] <= uniforms[WORD_STOP * GROUP + i]);
         broken |= !(action_log_prob * 0.0f + delta_log_prob * 0.0f == 0.0f);
         g->state[i] = before;
         g->over[i] = (uint8_t)over;

@@ -16,8 +16,6 @@ static int64_t atomic_add(int64_t *to, int64_t n) {
 }
 #endif
 
-#define ROUND_UP(n, to) (((n) + (to)-1) / (to) * (to))
-
 /* Rows of TILE numbers each, one number a trace. */
 typedef struct {
     const recall_model *model;
@@ -36,7 +34,7 @@ typedef struct {
     float *output;     /* [max_width] */
     float *noise;      /* [max size of a head, rounded up to whole blocks of random numbers] */
     float *action;     /* [A], in the action's own unit */
-    float *row;        /* [max_width]: one trace's, not a row of TILE */
+    float *row;        /* [max_width]: one trace's outputs, or a number a trace */
     int32_t chosen[TILE]; /* the class of the last draw */
     int32_t action_class[TILE];
     float action_log_prob[TILE], delta_log_prob[TILE], check[TILE];
@@ -45,20 +43,12 @@ typedef struct {
     void *memory;
 } tile;
 
-INLINE int is_gaussian(const recall_head *head) { return head->kind <= HEAD_TANH_NORMAL; }
 INLINE int64_t dense_state(const recall_model *m) { return m->is_discrete ? 0 : m->state_size; }
 INLINE int64_t dense_action(const recall_model *m) {
     return is_gaussian(&m->action) ? m->action.size : 0;
 }
 INLINE int64_t hot_state(const recall_model *m) {
     return m->is_discrete ? m->state_size + m->has_joint_code : 0;
-}
-
-/* A place in memory that is being laid out; of no memory, for its size alone. */
-static void *take(uintptr_t *cursor, int64_t bytes) {
-    void *place = (void *)*cursor;
-    *cursor += (uintptr_t)ROUND_UP(bytes, 64);
-    return place;
 }
 
 /* Lays the tile's memory out from `start` and returns its end. */
@@ -78,8 +68,9 @@ static uintptr_t place_tile(tile *t, uintptr_t start) {
     t->output = take(&cursor, width * of_floats);
     t->noise = take(&cursor, ROUND_UP(size, 4) * of_floats);
     t->action = take(&cursor, m->action.size * of_floats);
-    t->row = take(&cursor, ROUND_UP(width, 16) * (int64_t)sizeof(float));
-    t->visited = take(&cursor, (t->call->num_steps + 1) * TILE * (int64_t)sizeof(uint64_t));
+    t->row = take(&cursor, ROUND_UP(width, WIDEST_VECTOR) * (int64_t)sizeof(float));
+    int64_t visits = t->call->last_visit ? t->call->num_steps + 1 : 0;
+    t->visited = take(&cursor, visits * TILE * (int64_t)sizeof(uint64_t));
     return cursor;
 }
 
@@ -172,7 +163,7 @@ static void look(tile *t) {
 /* Bias and share of the one-hot inputs, into `base`; NULL if there are none. */
 static const float *embed(tile *t, const packed_layer *layer, int64_t count) {
     if (!layer->columns) return NULL;
-    int64_t stride = ROUND_UP(layer->outputs, 16);
+    int64_t stride = ROUND_UP(layer->outputs, WIDEST_VECTOR);
     for (int lane = 0; lane < t->lanes; lane++) {
         for (int64_t j = 0; j < layer->outputs; j += LANES) {
             vf sum = v_load(layer->bias + j);

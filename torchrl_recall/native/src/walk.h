@@ -26,8 +26,9 @@ static void end_episodes(tile *t, int64_t step) {
     run(t, NETWORK_STOP, hot_state(t->model));
     draw_uniforms(t, WORD_STOP, step, t->call->noise_stop);
     for (int lane = 0; lane < t->lanes; lane += LANES) {
-        vm stop = v_lt(v_load(t->noise + lane), v_sigmoid(v_load(t->output + lane)));
-        v_store(t->row + lane, v_select(stop, v_set(1.0f), v_set(0.0f)));
+        /* A probability that is not a number ends the trace, too. */
+        vm goes_on = v_le(v_sigmoid(v_load(t->output + lane)), v_load(t->noise + lane));
+        v_store(t->row + lane, v_select(goes_on, v_set(0.0f), v_set(1.0f)));
     }
     for (int lane = 0; lane < t->count; lane++) t->over[lane] |= t->row[lane] != 0.0f;
 }
