@@ -19,6 +19,8 @@ from torchrl_recall import BacktrackModel, sample_traces
 from torchrl_recall.native import interface
 from torchrl_recall.traces import TraceNoise, native
 from torchrl_recall.traces.columns import Columns
+from torchrl_recall.traces.layout import layout_of, live_tensors
+from torchrl_recall.traces.masks import last_visit
 from torchrl_recall.traces.tiles import tiled_walk
 from torchrl_recall.traces.walk import reference_walk
 
@@ -185,7 +187,7 @@ def test_tables_change_no_bit(observation, action, last_visit, stop):
     model = make_model(observation, action, dtype=F32, num_cells=(32, 20), stop=stop)
     start, noise = flat_start(model, 100), make_noise(model, 9, 200)
     for options in ({"seed": 3}, {"noise": noise}):
-        plan = native.Plan(native.layout_of(model), native.live_tensors(model), False)
+        plan = native.Plan(layout_of(model), live_tensors(model), False)
         assert plan.num_evaluations > 0
         looked_up = native.walk(plan, start, 2, 9, last_visit=last_visit, **options)
         assert plan.tables is not None
@@ -336,6 +338,15 @@ def test_what_is_not_a_number_is_masked(observation, where, tables):
     )
     assert torch.equal(found, expected)
     assert not bool(found.all())
+
+
+@pytest.mark.parametrize("observation", ["lattice", "large", "support"])
+def test_last_visits_of_long_walks(observation):
+    model = make_model(observation, "tanh", dtype=F32, num_cells=(8,))
+    start = flat_start(model, 70)
+    columns = native.walk(plan_of(model), start, 1, 400, seed=1, last_visit=True)
+    states = torch.cat([columns.state, columns.next_state[:, -1:]], 1)
+    assert torch.equal(columns.mask, last_visit(states))
 
 
 def test_states_far_from_zero_that_come_back_by_rounding_are_kept():

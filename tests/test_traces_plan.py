@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import ctypes.util
 import multiprocessing
 import pickle
+import subprocess
+import sys
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +24,7 @@ from torchrl_recall.traces import backends, native, operator
 from torchrl_recall.traces import backends as backends_of_this_machine
 from torchrl_recall.traces.layout import layout_of, live_tensors
 
+ROOT = Path(__file__).parents[1]
 needs_library = pytest.mark.skipif(
     interface.load()[0] is None, reason=f"no native library: {interface.load()[1]}"
 )
@@ -48,6 +53,18 @@ def fused_step(model):
 
 def numpy_write(model):
     next(iter(model.delta_network)).weight.detach().numpy()[0, 0] += 1
+
+
+def shifted(module, name):
+    module = copy.deepcopy(module)
+    getattr(module, name).add_(1)
+    return module
+
+
+def wider(model):
+    first, _, second, *_ = model.delta_network
+    first.weight, first.bias = (nn.Parameter(torch.randn(24, *x)) for x in ((5,), ()))
+    second.weight = nn.Parameter(torch.randn(16, 24))
 
 
 CHANGES = {
@@ -82,6 +99,20 @@ CHANGES = {
     "transposed": lambda model: setattr(
         list(model.delta_network)[2].weight, "data", list(model.delta_network)[2].weight.data.t()
     ),
+    "statistics set": lambda model: setattr(
+        model.delta_head, "normalizer", shifted(model.delta_head.normalizer, "mean")
+    ),
+    "observation statistics set": lambda model: setattr(
+        model.observation, "normalizer", shifted(model.observation.normalizer, "mean")
+    ),
+    "head set": lambda model: setattr(model.action, "head", shifted(model.action.head, "middle")),
+    "widths": wider,
+    "forward": lambda model: setattr(
+        model.delta_network, "forward", lambda x: nn.Sequential.forward(model.delta_network, 2 * x)
+    ),
+    "observation hook": lambda model: model.observation.register_forward_hook(
+        lambda module, inputs, output: output + 1
+    ),
     "double": lambda model: model.double(),
     "double and back": lambda model: model.double().float(),
 }
@@ -97,7 +128,9 @@ def test_a_changed_parameter_is_seen(change):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a transposed weight walks in torch
         after = walk(model)
-    assert_same(after, walk(model, "eager"), 1e-5)
+    # The eager form has no way around what was put upon a module.
+    other = "reference" if change in ("forward", "observation hook") else "eager"
+    assert_same(after, walk(model, other), 1e-5)
     if change != "double and back" and after["observation"].dtype == F32:
         same = all(torch.equal(v, after[k]) for k, v in before.items(True, True))
         assert not same
@@ -191,6 +224,84 @@ def test_a_learner_may_write_while_another_thread_walks():
         for future in walks:
             assert bool(torch.isfinite(future.result()["observation"]).all())
     assert_same(walk(model), walk(model, "eager"), 1e-5)
+
+
+@needs_library
+def test_parameters_may_be_set_while_another_thread_walks():
+    model = BacktrackModel(3, 2, num_cells=(300, 300))
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+    start = torch.zeros(4, 3)
+    with ThreadPoolExecutor(1) as pool:
+        walks = [pool.submit(sample_traces, model, start, num_steps=1) for _ in range(300)]
+        while not walks[-1].done():
+            nn.utils.vector_to_parameters(flat.clone(), model.parameters())
+        for future in walks:
+            assert bool(torch.isfinite(future.result()["observation"]).all())
+
+
+INTERRUPTED = """
+import os, signal, threading, torch
+from torchrl_recall import BacktrackModel, sample_traces
+from torchrl_recall.traces import native
+
+torch.set_num_threads(2)
+model, start = BacktrackModel(64, 4, num_cells=(256, 256)), torch.randn(192, 64)
+threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    sample_traces(model, start, num_steps=600)
+    print("not interrupted")
+except KeyboardInterrupt:
+    print("interrupted")
+for _ in range(50):
+    torch.zeros(600 * 192, 64)
+sample_traces(model, start, num_steps=3)
+print("alive")
+"""
+
+
+@needs_library
+def test_an_interrupted_walk_leaves_no_thread_writing_to_freed_memory():
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["interrupted", "alive"]
+
+
+@needs_library
+def test_the_default_device_and_dtype_of_the_caller_do_not_matter():
+    model = BacktrackModel(3, 2, num_cells=(16,))
+    start = torch.zeros(5, 3)
+    expected = sample_traces(model, start, num_steps=2, generator=torch.Generator().manual_seed(1))
+    twin = copy.deepcopy(model)
+    torch.set_default_dtype(F64)
+    try:
+        with torch.device("meta"):
+            trace = sample_traces(
+                twin, start, num_steps=2, generator=torch.Generator("cpu").manual_seed(1)
+            )
+    finally:
+        torch.set_default_dtype(F32)
+    assert_same(trace, expected, 0)
+
+
+@needs_library
+def test_a_model_partly_in_double_walks_in_torch():
+    model = make_model("normal", "normal", dtype=F32)
+    model.action.head.normalizer.double()
+    with pytest.warns(UserWarning, match=r"falls back .*dtype torch.float64"):
+        sample_traces(model, torch.zeros(2, 3), num_steps=2)
+
+
+def test_another_library_of_that_name_is_refused(tmp_path, monkeypatch):
+    found = ctypes.util.find_library("c")
+    if found is None:
+        pytest.skip("there is no C library to take for ours")
+    monkeypatch.setattr(interface, "LIBRARY", Path(found))
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    library, reason = interface.load.__wrapped__()
+    assert library is None
+    assert "does not load" in reason
 
 
 def draw_in_child(model, connection):

@@ -112,7 +112,23 @@ CALL_FIELDS = (
     "bad_starts",
 )
 Call = c_int64 * len(CALL_FIELDS)
-FINITE_ROWS, BAD_STARTS = CALL_FIELDS.index("finite_rows"), CALL_FIELDS.index("bad_starts")
+NEXT_TILE, FINITE_ROWS, BAD_STARTS = (
+    CALL_FIELDS.index(name) for name in ("next_tile", "finite_rows", "bad_starts")
+)
+
+
+_SIGNATURES = {
+    "recall_version": [],
+    "recall_instruction_set": [],
+    "recall_words": [c_int64, c_uint32 * 3, c_uint64, c_uint32 * 4],
+    "recall_packed_bytes": [POINTER(Model)],
+    "recall_pack": [POINTER(Model), c_void_p],
+    "recall_is_current": [POINTER(Model), c_void_p],
+    "recall_table_bytes": [POINTER(Model)],
+    "recall_tables": [POINTER(Model), c_void_p, c_void_p, c_int64],
+    "recall_walk": [POINTER(Model), c_void_p, c_void_p],
+    "recall_look_up": [POINTER(Model), c_void_p, c_void_p],
+}
 
 
 @lru_cache(maxsize=1)
@@ -136,20 +152,12 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{LIBRARY.name} does not load: {error}"
     if version != VERSION:
         return None, f"{LIBRARY.name} has version {version}, expected {VERSION}; reinstall"
-    for name, arguments in {
-        "recall_version": [],
-        "recall_instruction_set": [],
-        "recall_words": [c_int64, c_uint32 * 3, c_uint64, c_uint32 * 4],
-        "recall_packed_bytes": [POINTER(Model)],
-        "recall_pack": [POINTER(Model), c_void_p],
-        "recall_is_current": [POINTER(Model), c_void_p],
-        "recall_table_bytes": [POINTER(Model)],
-        "recall_tables": [POINTER(Model), c_void_p, c_void_p, c_int64],
-        "recall_walk": [POINTER(Model), c_void_p, c_void_p],
-        "recall_look_up": [POINTER(Model), c_void_p, c_void_p],
-    }.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, c_int64
+    try:
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, c_int64
+    except AttributeError as error:
+        return None, f"{LIBRARY.name} is another library: {error}"
     library.recall_pack.restype = None
     widest = library.recall_instruction_set()
     for instructions in (one for one in INSTRUCTION_SETS if one <= widest):

@@ -118,6 +118,8 @@ def walk(request: Request, backend: Backend) -> Columns:
     Raises:
         ValueError: a forced backend that cannot run the model, or an unknown one.
     """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
     if backend == "triton" or (backend == "auto" and request.start.is_cuda):
         reason = _why_not_triton(request.model)
         if reason is None:
@@ -138,8 +140,6 @@ def walk(request: Request, backend: Backend) -> Columns:
         if backend == "native":
             raise _refusal("native", reason)
         return _in_torch(request, reason)
-    if backend not in _KINDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
     reason = _UNSUPPORTED[backend](request.model)
     if reason is not None:
         raise _refusal(backend, reason)
@@ -153,7 +153,9 @@ def _refusal(name: str, reason: str) -> ValueError:
 def _natively(request: Request, plan: native.Plan) -> Columns:
     seed = 0
     if request.noise is None:
-        seed = int(torch.empty((), dtype=torch.int64).random_(generator=request.generator))
+        seed = int(
+            torch.empty((), dtype=torch.int64, device="cpu").random_(generator=request.generator)
+        )
     return native.walk(
         plan,
         request.start,

@@ -38,9 +38,20 @@ _IN_PLACE: dict[type[nn.Module], Activation] = {
 }
 
 
+NETWORKS = ("action_network", "delta_network", "stop_network")
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Return whether calling a module does something else than its class says."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooked) or "forward" in module.__dict__
+
+
 def unsupported(model: BacktrackModel) -> str | None:
     """Say why this backend cannot run a model, or None if it can."""
-    for name in ("action_network", "delta_network", "stop_network"):
+    if is_changed(model.observation):
+        return "the observation has hooks or a forward of its own"
+    for name in NETWORKS:
         network = getattr(model, name)
         if network is None:
             continue
@@ -48,8 +59,8 @@ def unsupported(model: BacktrackModel) -> str | None:
         linear, activations = layers[::2], layers[1::2]
         if not layers or len(layers) % 2 == 0 or not all(type(m) is nn.Linear for m in linear):
             return f"{name} is not an alternation of Linear layers and activations"
-        if any(m._forward_hooks or m._forward_pre_hooks for m in [network, *layers]):
-            return f"{name} has hooks"
+        if any(map(is_changed, [network, *layers])):
+            return f"{name} has hooks or a forward of its own"
         if any(m.bias is None for m in linear):
             return f"{name} has Linear layers without bias"
         kinds = {type(m) for m in activations}

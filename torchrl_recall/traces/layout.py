@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchrl_recall.heads import CategoricalHead, GaussianHead, NormalHead, SupportDelta
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.native import interface
 from torchrl_recall.traces import eager
+from torchrl_recall.traces.eager import NETWORKS
 
-NETWORKS = ("action_network", "delta_network", "stop_network")
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
     nn.ReLU: "relu",
@@ -51,14 +53,22 @@ def unsupported(model: BacktrackModel) -> str | None:
         return reason
     for name in NETWORKS:
         network = getattr(model, name)
-        layers = [] if network is None else list(network)
+        layers: Any = [] if network is None else list(network)
         if len(layers) // 2 + 1 > interface.MAX_LAYERS:
             return f"{name} has more than {interface.MAX_LAYERS} Linear layers"
         for layer in layers[1::2]:
             if activation_of(layer) is None:
                 return f"{name} has the activation {layer}"
-    if any(not tensor.is_contiguous() for tensor in live_tensors(model)):
-        return "a parameter or statistic is not contiguous"
+        for one, other in pairwise(layers[::2]):
+            if one.weight.shape[0] != other.weight.shape[1]:
+                return f"{name} has layers that do not fit each other"
+        if any(layer.bias.shape != layer.weight.shape[:1] for layer in layers[::2]):
+            return f"{name} has a bias that does not fit its weight"
+    for tensor in live_tensors(model):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            return f"a parameter or statistic has dtype {tensor.dtype}"
+        if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_neg():
+            return f"a parameter or statistic is on {tensor.device} or not contiguous"
     if model.observation.is_discrete and model.observation.num_states >= 2**53:
         return "there are 2^53 states or more"
     for head in (model.action.head, model.delta_head):
@@ -91,19 +101,21 @@ class Watch:
 
     def __init__(self, model: BacktrackModel) -> None:
         networks: Any = [getattr(model, name) for name in NETWORKS]
-        owners: Any = [model, *(network for network in networks if network is not None)]
-        self.modules = [(owner._modules, list(owner._modules.values())) for owner in owners]
-        layers: Any = [layer for network in owners[1:] for layer in network._modules.values()]
-        hooked = [*owners[1:], *layers]
-        self.hooks = [h for m in hooked for h in (m._forward_hooks, m._forward_pre_hooks)]
+        networks = [network for network in networks if network is not None]
+        owners = [model, model.observation, model.action, model.action.head, model.delta_head]
+        self.modules = [(o._modules, list(o._modules.values())) for o in [*owners, *networks]]
+        layers: Any = [layer for network in networks for layer in network._modules.values()]
+        called = [model.observation, *networks, *layers]
+        self.hooks = [h for m in called for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.called = [module.__dict__ for module in called]
         parts: Any = [model.action.head, model.delta_head, model.observation]
         parts += [getattr(part, "normalizer", None) for part in parts]
         holders = [part.__dict__ for part in [*parts, *layers] if part is not None]
         self.settings = [(d, name) for d in holders for name in _SETTINGS if name in d]
         self.values = [d[name] for d, name in self.settings]
         self.holders = live_holders(model)
-        # Held, so that no other tensor can come to lie at their addresses.
-        self.tensors = live_tensors(model)
+        # Their memory is held, even where ``.data`` is set: nothing else can come to lie there.
+        self.tensors = [tensor.detach() for tensor in live_tensors(model)]
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
 
     def sees_no_change(self) -> bool:
@@ -111,7 +123,9 @@ class Watch:
         for holder, modules in self.modules:
             if list(holder.values()) != modules:
                 return False
-        if any(self.hooks) or [d[name] for d, name in self.settings] != self.values:
+        if any(self.hooks) or any("forward" in attributes for attributes in self.called):
+            return False
+        if [d[name] for d, name in self.settings] != self.values:
             return False
         tensors = [tensor for holder in self.holders for tensor in holder.values()]
         try:
@@ -186,7 +200,7 @@ def _network(network: nn.Module | None) -> dict[str, Any] | None:
     layers: Any = list(network._modules.values())
     activation = activation_of(layers[1]) if len(layers) > 1 else ("identity", 1.0)
     assert activation is not None
-    widths = [layers[0].in_features, *(layer.out_features for layer in layers[::2])]
+    widths = [layers[0].weight.shape[1], *(layer.weight.shape[0] for layer in layers[::2])]
     return {"widths": widths, "activation": activation[0], "slope": activation[1]}
 
 

@@ -22,7 +22,6 @@ from torchrl_recall.traces.columns import BadStart, Columns
 from torchrl_recall.traces.layout import (
     Watch,
     layout_of,
-    live_tensors,
     named_tensors,
     parse,
     unsupported,
@@ -113,7 +112,8 @@ class Plan:
             for i, (weight, bias) in enumerate(layers):
                 place.weight[i], place.bias[i] = weight.data_ptr(), bias.data_ptr()
         if form["is_discrete"]:
-            described.cardinality = self._keep(torch.tensor(form["cardinality"]))
+            cardinality = torch.tensor(form["cardinality"], device="cpu")
+            described.cardinality = self._keep(cardinality)
         else:
             described.mean = named["observation"]["mean"].data_ptr()
             described.variance = named["observation"]["variance"].data_ptr()
@@ -167,11 +167,14 @@ class Plan:
             # Without memory of their own: `empty_like` is the quickest way to a tensor.
             wide = () if self.action_size is None else (self.action_size,)
             action_dtype = torch.int64 if self.action_size is None else torch.float32
-            like = (
-                torch.empty((), dtype=self.state_dtype).expand(*form, self.state_size),
-                torch.empty((), dtype=action_dtype).expand(*form, *wide),
-                torch.empty((), dtype=torch.float32).expand(form),
-                torch.empty((), dtype=torch.bool).expand(form),
+            shapes = [
+                ((*form, self.state_size), self.state_dtype),
+                ((*form, *wide), action_dtype),
+                (form, torch.float32),
+                (form, torch.bool),
+            ]
+            like = tuple(
+                torch.empty((), dtype=dtype, device="cpu").expand(shape) for shape, dtype in shapes
             )
             if len(self.templates) >= MAX_TEMPLATES:
                 self.templates.clear()
@@ -198,7 +201,7 @@ def _head(form: dict[str, Any], buffers: dict[str, Tensor]) -> interface.Head:
 
 def _aligned(size: int) -> Tensor:
     """Return ``size`` bytes that begin at a cache line."""
-    memory = torch.empty(size + 64, dtype=torch.uint8)
+    memory = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
     return memory[-memory.data_ptr() % 64 :][:size]
 
 
@@ -234,8 +237,9 @@ def plan_of(model: BacktrackModel, bfloat16: bool = False) -> Plan | str:
     reason = interface.load()[1] or not_for(model) or unsupported(model)
     if reason is not None:
         return reason
-    plan = Plan(layout_of(model), live_tensors(model), bfloat16)
-    _plans[bfloat16][model] = Watch(model), plan
+    watch = Watch(model)
+    plan = Plan(layout_of(model), watch.tensors, bfloat16)
+    _plans[bfloat16][model] = watch, plan
     return plan
 
 
@@ -271,11 +275,11 @@ def walk(
     num_rows = len(start) * num_traces
     if num_rows >= 2**32:
         raise ValueError(f"next_observation gives {num_rows} traces, expected fewer than 2^32.")
-    start = start.contiguous()
+    start = start.resolve_neg().contiguous()
     columns, block = plan.columns(num_rows, num_steps), plan.current_block()
     given = [0, 0, 0]
     if noise is not None:
-        noise = TraceNoise(*(part if part is None else part.contiguous() for part in noise))  # pyright: ignore
+        noise = TraceNoise(*(x if x is None else x.resolve_neg().contiguous() for x in noise))  # pyright: ignore
         given = [0 if part is None else part.data_ptr() for part in noise]
     call = interface.Call(
         num_rows,
@@ -297,7 +301,10 @@ def walk(
             work = num_rows * num_steps * LOOK_UP_WORK
     arguments = plan.address, source.data_ptr(), ctypes.addressof(call)
     threads = min(torch.get_num_threads(), work // WORK_OF_A_THREAD)
-    _check(function(*arguments) if threads <= 1 else _in_threads(function, arguments, threads))
+    if threads <= 1:
+        _check(function(*arguments))
+    else:
+        _in_threads(function, arguments, call, threads, keep=(columns, start, noise, source))
     if call[interface.BAD_STARTS]:
         raise BadStart("next_observation must be finite and within the model's classes.")
     if not call[interface.FINITE_ROWS]:
@@ -313,17 +320,30 @@ def _check(status: int) -> None:
         raise MemoryError("no memory for the walk.")
 
 
-def _in_threads(function: Any, arguments: tuple, threads: int) -> int:
+def _in_threads(function: Any, arguments: tuple, call: Any, threads: int, keep: tuple) -> None:
     """Run the same call in several threads, which share its tiles; ctypes lets them run."""
     statuses: list[int] = []
+
+    def run(*_kept: Any) -> None:
+        statuses.append(function(*arguments))
+
     # Made for the call: nothing to keep alive, or to lose in a fork, for some 50 microseconds.
     others = [
-        threading.Thread(target=lambda: statuses.append(function(*arguments)), daemon=True)
-        for _ in range(threads - 1)
+        threading.Thread(target=run, args=(call, keep), daemon=True) for _ in range(threads - 1)
     ]
-    for other in others:
-        other.start()
-    statuses.append(function(*arguments))
-    for other in others:
-        other.join()
-    return max(statuses)
+    started = []
+    try:
+        for other in others:
+            try:
+                other.start()
+            except RuntimeError:  # no more threads to be had: those that there are do the work
+                break
+            started.append(other)
+        run()
+        for other in started:
+            other.join()
+    except BaseException:
+        # Ctrl-C, say: no new tiles. What the others still write to is theirs, too.
+        call[interface.NEXT_TILE] = 2**40
+        raise
+    _check(max(statuses))

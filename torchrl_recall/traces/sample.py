@@ -39,8 +39,8 @@ def sample_traces(
     Keyword Args:
         num_steps (int): length ``T`` of the traces.
         num_traces (int, optional): number ``N`` of traces from each state.
-        last_visit (bool): mask steps whose state is visited again later in the trace (exact for
-            discrete states and lattices; continuous states never come back).
+        last_visit (bool): mask steps whose state is visited again later in the trace (discrete
+            states, and lattices whose steps are exact numbers; continuous states do not come back).
         generator (torch.Generator, optional): source of randomness, on the model's device. None is
             torch's own.
         noise (TraceNoise, optional): the random numbers themselves, for ``n = prod(B) N`` traces.
@@ -124,6 +124,8 @@ def _check_noise(model: BacktrackModel, noise: TraceNoise, num_steps: int, rows:
     }
     for name, shape in expected.items():
         part = getattr(noise, name)
+        if part is not None and not isinstance(part, Tensor):
+            raise TypeError(f"noise.{name} must be a tensor, got {type(part).__name__}.")
         found = None if part is None else tuple(part.shape)
         if found != shape:
             raise ValueError(f"noise.{name} has shape {found}, expected {shape}.")

@@ -60,6 +60,7 @@ def tiled_walk(
         start = torch.where(good.unsqueeze(-1), start, torch.zeros_like(start))
     rows = start.unsqueeze(1).expand(-1, num_traces, -1).reshape(-1, start.shape[-1])
     columns = Columns.empty(model, len(rows), num_steps)
+    any_finite = False
     tile = CUDA_TILE if start.is_cuda else TILE
     for low in range(0, len(rows), tile):
         part = slice(low, low + tile)
@@ -68,7 +69,12 @@ def tiled_walk(
             tile_noise = draw_noise(model, num_steps, len(starts), generator)
         else:
             tile_noise = TraceNoise(*(x if x is None else x[:, part] for x in noise))  # pyright: ignore
-        _write(columns, part, walk(starts, tile_noise), model, last_visit)
+        any_finite |= _write(columns, part, walk(starts, tile_noise), model, last_visit)
+    if on_cpu and not any_finite:
+        raise ValueError(
+            "model gives NaN or infinite numbers for every step back from finite states; "
+            "expected finite parameters and statistics, and states of the data's own size."
+        )
     if not on_cpu:
         columns.mask.logical_and_(good.repeat_interleave(num_traces).unsqueeze(-1))
     return columns
@@ -76,9 +82,9 @@ def tiled_walk(
 
 def _write(
     columns: Columns, rows: slice, walk: Walk, model: BacktrackModel, last_visit: bool
-) -> None:
-    """Copy a tile into its rows."""
-    walk = _finite(walk)
+) -> bool:
+    """Copy a tile into its rows; return whether any first step is finite (not asked of a GPU)."""
+    walk, any_finite = _finite(walk)
     columns.state[rows] = walk.states[:-1].transpose(0, 1)
     columns.next_state[rows] = walk.states[1:].transpose(0, 1)
     columns.action[rows] = walk.actions.transpose(0, 1)
@@ -95,36 +101,34 @@ def _write(
             mask &= since_start(~dead).t()
     if last_visit:
         mask &= last_visit_mask(walk.states.transpose(0, 1))
+    return any_finite
 
 
-def _finite(walk: Walk) -> Walk:
+def _finite(walk: Walk) -> tuple[Walk, bool]:
     """Mask what has left the numbers, and all before; put the walk's start in its place."""
     # Sums are enough to tell that all is well. A state that is not finite stays so on the way
     # back, but an action can overflow first.
     columns = (walk.states[0], walk.actions, walk.action_log_prob, walk.delta_log_prob)
     on_cpu = walk.states.is_cpu and not torch.compiler.is_compiling()
     if on_cpu and math.isfinite(sum(float(x.sum()) for x in columns)):
-        return walk
+        return walk, True
     kept = torch.isfinite(walk.states[:-1]).all(-1)
     kept &= torch.isfinite(walk.action_log_prob) & torch.isfinite(walk.delta_log_prob)
     actions = walk.actions
     zero = walk.action_log_prob.new_zeros(())
     if actions.is_floating_point():
         kept &= torch.isfinite(actions).all(-1)
-    if on_cpu and not bool(kept[-1].any()):
-        raise ValueError(
-            "model gives NaN or infinite numbers for every step back from finite states; "
-            "expected finite parameters and statistics, and states of the data's own size."
-        )
+    any_finite = not on_cpu or bool(kept[-1].any())
     kept = since_start(kept)
     if actions.is_floating_point():
         actions = torch.where(kept.unsqueeze(-1), actions, zero)
     alive = kept if walk.alive is None else walk.alive & kept
     start = walk.states[-1:]
-    return Walk(
+    masked = Walk(
         torch.cat([torch.where(kept.unsqueeze(-1), walk.states[:-1], start), start]),
         actions,
         torch.where(kept, walk.action_log_prob, zero),
         torch.where(kept, walk.delta_log_prob, zero),
         alive,
     )
+    return masked, any_finite

@@ -22,31 +22,31 @@ static double written(const recall_model *m, const void *from, int64_t i) {
     return m->is_discrete ? (double)((const int64_t *)from)[i] : (double)((const float *)from)[i];
 }
 
-/* Remembers where the tile is, if last visits are asked. */
-static void note_visit(tile *t, int64_t step) {
-    if (!t->call->last_visit) return;
-    for (int lane = 0; lane < t->count; lane++)
-        t->visited[step * TILE + lane] = state_hash(t, lane);
+/* Whether a trace's state is the one it had at a later step. */
+static int is_state_of(const tile *t, int lane, int64_t later) {
+    const recall_call *call = t->call;
+    const int64_t size = t->model->state_size, row = t->first + lane;
+    for (int64_t i = 0; i < size; i++) {
+        const int is_start = later == call->num_steps;
+        const int64_t at = is_start ? t->start[lane] : (row * call->num_steps + later) * size;
+        const void *from = is_start ? call->start : call->state;
+        if (written(t->model, from, at + i) != (double)t->state[i * TILE + lane]) return 0;
+    }
+    return 1;
 }
 
-/* Whether the state of a trace at `step` comes again later; hashes first, then the states. */
-static int comes_again(tile *t, int lane, int64_t step) {
-    const recall_model *m = t->model;
-    const recall_call *call = t->call;
-    const int64_t size = m->state_size, row = t->first + lane;
-    const uint64_t *visited = t->visited + lane;
-    for (int64_t later = call->num_steps; later > step; later--) {
-        if (visited[later * TILE] != visited[step * TILE]) continue;
-        int same = 1;
-        for (int64_t i = 0; i < size; i++) {
-            double other = later == call->num_steps
-                               ? written(m, call->start, t->start[lane] + i)
-                               : written(m, call->state, (row * call->num_steps + later) * size + i);
-            same &= other == (double)t->state[i * TILE + lane];
+/* Notes that a trace is at its state at `step`; returns whether it comes there again later. */
+static int visit_again(tile *t, int lane, int64_t step) {
+    const int64_t capacity = visit_capacity(t->call);
+    int32_t *slots = t->visited + lane * capacity;
+    for (uint64_t at = state_hash(t, lane);; at++) {
+        int32_t *slot = &slots[at & (uint64_t)(capacity - 1)];
+        if (*slot == 0) {
+            *slot = (int32_t)(step + 1);
+            return 0;
         }
-        if (same) return 1;
+        if (is_state_of(t, lane, *slot - 1)) return 1;
     }
-    return 0;
 }
 
 /* ---- columns ---- */
@@ -157,7 +157,7 @@ static void write_step(tile *t, int64_t step) {
         }
     }
     for (int lane = 0; call->last_visit && lane < t->count; lane++) {
-        if (comes_again(t, lane, step)) call->mask[at + lane * num_steps] = 0;
+        if (visit_again(t, lane, step)) call->mask[at + lane * num_steps] = 0;
     }
 }
 

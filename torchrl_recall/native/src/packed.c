@@ -25,40 +25,42 @@ static inputs first_inputs(const recall_model *m, int which) {
 
 /* ---- the copy of the live parameters ---- */
 
-typedef int (*visitor)(char *copy, const void *live, size_t bytes);
+/* `live` points to the model's own pointer. */
+typedef int (*visitor)(char *copy, const float **live, size_t bytes);
 
-static int write_copy(char *copy, const void *live, size_t bytes) {
-    memcpy(copy, live, bytes);
+static int write_copy(char *copy, const float **live, size_t bytes) {
+    memcpy(copy, *live, bytes);
+    *live = (const float *)copy;
     return 1;
 }
 
-static int same_copy(char *copy, const void *live, size_t bytes) {
-    return memcmp(copy, live, bytes) == 0;
+static int same_copy(char *copy, const float **live, size_t bytes) {
+    return memcmp(copy, *live, bytes) == 0;
 }
 
-static int size_only(char *copy, const void *live, size_t bytes) {
+static int size_only(char *copy, const float **live, size_t bytes) {
     (void)copy, (void)live, (void)bytes;
     return 1;
 }
 
 /* Visits every array of the model with its place in the copy, until one visit returns 0.
  * Returns the bytes visited, or -1. */
-static int64_t visit(const recall_model *m, char *copy, visitor see) {
+static int64_t visit(recall_model *m, char *copy, visitor see) {
     int64_t at = 0;
 #define VISIT(live, count)                                                                        \
     do {                                                                                          \
         size_t bytes = (size_t)(count) * sizeof *(live);                                          \
-        if ((live) && !see(copy ? copy + at : NULL, (live), bytes)) return -1;                    \
+        if ((live) && !see(copy ? copy + at : NULL, &(live), bytes)) return -1;                   \
         if (live) at += (int64_t)bytes;                                                           \
     } while (0)
     for (int n = 0; n < NUM_NETWORKS; n++) {
-        const recall_network *network = &m->network[n];
+        recall_network *network = &m->network[n];
         for (int64_t i = 0; i < network->num_layers; i++) {
             VISIT(network->weight[i], network->width[i] * network->width[i + 1]);
             VISIT(network->bias[i], network->width[i + 1]);
         }
     }
-    const recall_head *heads[] = {&m->action, &m->delta};
+    recall_head *heads[] = {&m->action, &m->delta};
     for (int i = 0; i < 2; i++) {
         VISIT(heads[i]->mean, heads[i]->size);
         VISIT(heads[i]->spread, heads[i]->size);
@@ -76,7 +78,8 @@ int64_t packed_layout(const recall_model *m, const void *block, packed_model *pa
     int64_t widest = m->action.size > m->delta.size ? m->action.size : m->delta.size;
     if (widest < TILE) widest = TILE; /* a row of a tile must fit, too */
     memset(packed, 0, sizeof *packed);
-    take(&cursor, visit(m, NULL, size_only));
+    recall_model own = *m;
+    take(&cursor, visit(&own, NULL, size_only));
     for (int n = 0; n < NUM_NETWORKS; n++) {
         const recall_network *network = &m->network[n];
         packed_network *to = &packed->network[n];
@@ -194,10 +197,11 @@ static void pack_heads(const recall_model *m, const packed_model *packed) {
     constants[1] = (float)(-LOG_SQRT_2_PI * (double)m->delta.size);
 }
 
-void recall_pack(const recall_model *m, void *block) {
+void recall_pack(const recall_model *live, void *block) {
     packed_model packed;
-    memset(block, 0, (size_t)packed_layout(m, block, &packed));
-    /* First: what another thread writes meanwhile then differs from the copy, and is packed anew. */
+    recall_model copied = *live, *m = &copied;
+    memset(block, 0, (size_t)packed_layout(live, block, &packed));
+    /* From here on `m` points to the copy: what is packed is what is compared, whoever writes. */
     visit(m, block, write_copy);
     /* `mean` first holds the standard deviations, while weights are scaled by them. */
     float *mean = (float *)packed.mean;
@@ -220,5 +224,6 @@ int64_t recall_packed_bytes(const recall_model *m) {
 }
 
 int64_t recall_is_current(const recall_model *m, const void *block) {
-    return visit(m, (char *)block, same_copy) >= 0;
+    recall_model own = *m;
+    return visit(&own, (char *)block, same_copy) >= 0;
 }

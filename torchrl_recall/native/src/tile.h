@@ -39,7 +39,7 @@ typedef struct {
     int32_t action_class[TILE];
     float action_log_prob[TILE], delta_log_prob[TILE], check[TILE];
     uint8_t over[TILE], broken[TILE]; /* the episode has begun; has left the numbers */
-    uint64_t *visited;                /* [T + 1], hashes of states, where last visits are asked */
+    int32_t *visited; /* [TILE][capacity]: hash tables of steps by state, where that is asked */
     void *memory;
 } tile;
 
@@ -49,6 +49,13 @@ INLINE int64_t dense_action(const recall_model *m) {
 }
 INLINE int64_t hot_state(const recall_model *m) {
     return m->is_discrete ? m->state_size + m->has_joint_code : 0;
+}
+
+/* Slots of a trace's table of visits: a power of two, twice the states at least. */
+static int64_t visit_capacity(const recall_call *call) {
+    int64_t capacity = 16;
+    while (capacity < 2 * (call->num_steps + 1)) capacity *= 2;
+    return capacity;
 }
 
 /* Lays the tile's memory out from `start` and returns its end. */
@@ -69,8 +76,8 @@ static uintptr_t place_tile(tile *t, uintptr_t start) {
     t->noise = take(&cursor, ROUND_UP(size, 4) * of_floats);
     t->action = take(&cursor, m->action.size * of_floats);
     t->row = take(&cursor, ROUND_UP(width, WIDEST_VECTOR) * (int64_t)sizeof(float));
-    int64_t visits = t->call->last_visit ? t->call->num_steps + 1 : 0;
-    t->visited = take(&cursor, visits * TILE * (int64_t)sizeof(uint64_t));
+    int64_t visits = t->call->last_visit ? visit_capacity(t->call) : 0;
+    t->visited = take(&cursor, visits * TILE * (int64_t)sizeof *t->visited);
     return cursor;
 }
 

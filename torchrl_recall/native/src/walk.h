@@ -71,14 +71,16 @@ static int64_t walk_tile(tile *t) {
     int64_t finite_rows = 0;
     if (!enter(t)) return -1;
     write_states(t, NULL, column_at(t, call->next_state, last));
-    note_visit(t, last + 1);
+    if (call->last_visit) {
+        memset(t->visited, 0, (size_t)(visit_capacity(call) * TILE) * sizeof *t->visited);
+        for (int lane = 0; lane < t->count; lane++) visit_again(t, lane, last + 1);
+    }
     for (int64_t step = last; step >= 0; step--) {
         look(t);
         expect_write(t, step);
         if (t->packed.network[NETWORK_STOP].num_layers) end_episodes(t, step);
         act(t, step);
         go_back(t, step);
-        note_visit(t, step);
         write_step(t, step);
         if (step == last) {
             for (int lane = 0; lane < t->count; lane++) finite_rows += !t->broken[lane];
