@@ -1,7 +1,7 @@
 /* The walk with AVX-512 with bfloat16 products. */
 #include "processor.h"
 
-#if RECALL_X86
+#if RECALL_X86_BFLOAT16
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,popcnt"))), apply_to = function)
 #elif defined(__GNUC__)

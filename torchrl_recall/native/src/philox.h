@@ -57,7 +57,7 @@ INLINE void philox(vi row, vi step, uint32_t block, const philox_keys *keys, vi 
 #else
 INLINE void philox(vi row, vi step, uint32_t block, const philox_keys *keys, vi out[4]) {
     for (int lane = 0; lane < LANES; lane++) {
-        uint32_t c0 = row.x[lane], c1 = step.x[lane], c2 = block, c3 = 0;
+        uint32_t c0 = LANE(row, lane), c1 = LANE(step, lane), c2 = block, c3 = 0;
         for (int round = 0; round < PHILOX_ROUNDS; round++) {
             uint64_t p0 = (uint64_t)PHILOX_M0 * c0, p1 = (uint64_t)PHILOX_M1 * c2;
             c0 = (uint32_t)(p1 >> 32) ^ c1 ^ keys->key[round][0][lane];
@@ -65,10 +65,10 @@ INLINE void philox(vi row, vi step, uint32_t block, const philox_keys *keys, vi 
             c1 = (uint32_t)p1;
             c3 = (uint32_t)p0;
         }
-        out[0].x[lane] = c0;
-        out[1].x[lane] = c1;
-        out[2].x[lane] = c2;
-        out[3].x[lane] = c3;
+        LANE(out[0], lane) = c0;
+        LANE(out[1], lane) = c1;
+        LANE(out[2], lane) = c2;
+        LANE(out[3], lane) = c3;
     }
 }
 #endif

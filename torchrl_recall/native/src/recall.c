@@ -18,13 +18,18 @@ KERNEL(0)
 #if RECALL_X86
 KERNEL(256)
 KERNEL(512)
+#if RECALL_X86_BFLOAT16
 KERNEL(513)
+#define CASE_513(function, ...) case 513: result = function##_513(__VA_ARGS__); break;
+#else
+#define CASE_513(function, ...)
+#endif
 #define CHOOSE(set, function, ...)                                                                \
     switch (set) {                                                                                \
-        case 513: result = function##_513(__VA_ARGS__); break;                                      \
-        case 512: result = function##_512(__VA_ARGS__); break;                                      \
-        case 256: result = function##_256(__VA_ARGS__); break;                                      \
-        default: result = function##_0(__VA_ARGS__);                                                \
+        CASE_513(function, __VA_ARGS__)                                                           \
+        case 512: result = function##_512(__VA_ARGS__); break;                                    \
+        case 256: result = function##_256(__VA_ARGS__); break;                                    \
+        default: result = function##_0(__VA_ARGS__);                                              \
     }
 #else
 #define CHOOSE(set, function, ...) result = function##_0(__VA_ARGS__);
@@ -40,7 +45,10 @@ int64_t recall_instruction_set(void) {
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
         return 256;
-    return __builtin_cpu_supports("avx512bf16") ? 513 : 512;
+#if RECALL_X86_BFLOAT16
+    if (__builtin_cpu_supports("avx512bf16")) return 513;
+#endif
+    return 512;
 #else
     return 0;
 #endif

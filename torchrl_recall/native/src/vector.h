@@ -1,7 +1,8 @@
-/* Vectors of floats and of 32-bit integers: 16 lanes with AVX-512, 8 with AVX2, else plain loops.
+/* Vectors of floats and of 32-bit integers: 16 lanes with AVX-512, 8 with AVX2, else 4 where
+ * the compiler has vectors of its own, else plain loops. RECALL_ISA (512, 256 or 0) chooses.
  *
- * Every operation rounds once, lane by lane, so AVX2 and AVX-512 give the same bits. The portable
- * form has no fused multiply-add and differs by rounding. RECALL_ISA (512, 256 or 0) chooses.
+ * Every operation rounds once, lane by lane, so AVX2, AVX-512 and NEON give the same bits. Without a
+ * fused multiply-add results differ by rounding.
  */
 #ifndef RECALL_VECTOR_H
 #define RECALL_VECTOR_H
@@ -119,6 +120,69 @@ INLINE vi vi_lower_to_upper(vi a) { return _mm256_slli_epi64(a, 32); }
 INLINE vi vi_even_odd(vi even, vi odd) { return _mm256_blend_epi32(even, odd, 0xaa); }
 INLINE vi vi_xor3(vi a, vi b, vi c) { return vi_xor(a, vi_xor(b, c)); }
 
+#elif defined(__GNUC__)
+
+/* The compiler's own vectors of four: SSE2, NEON, or whatever else there is. */
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#else
+#include <math.h>
+#endif
+
+#define LANES 4
+typedef float vf __attribute__((vector_size(16)));
+typedef uint32_t vi __attribute__((vector_size(16)));
+typedef int32_t vm __attribute__((vector_size(16)));
+#define LANE(v, i) (v)[i]
+
+INLINE vf v_load(const float *p) { vf r; memcpy(&r, p, sizeof r); return r; }
+INLINE void v_store(float *p, vf a) { memcpy(p, &a, sizeof a); }
+INLINE vf v_set(float x) { return (vf){x, x, x, x}; }
+INLINE vf v_add(vf a, vf b) { return a + b; }
+INLINE vf v_sub(vf a, vf b) { return a - b; }
+INLINE vf v_mul(vf a, vf b) { return a * b; }
+INLINE vf v_div(vf a, vf b) { return a / b; }
+INLINE vm v_lt(vf a, vf b) { return a < b; }
+INLINE vm v_le(vf a, vf b) { return a <= b; }
+INLINE vm v_eq(vf a, vf b) { return a == b; }
+INLINE vm vm_and(vm a, vm b) { return a & b; }
+INLINE vf v_select(vm m, vf yes, vf no) { return (vf)((m & (vm)yes) | (~m & (vm)no)); }
+INLINE vf v_min(vf a, vf b) { return v_select(a < b, a, b); }
+INLINE vf v_max(vf a, vf b) { return v_select(a > b, a, b); }
+INLINE int vm_all(vm m) { return (m[0] & m[1] & m[2] & m[3]) != 0; }
+INLINE vi v_bits(vf a) { return (vi)a; }
+INLINE vf vi_float(vi a) { return (vf)a; }
+INLINE vi vi_load(const void *p) { vi r; memcpy(&r, p, sizeof r); return r; }
+INLINE void vi_store(void *p, vi a) { memcpy(p, &a, sizeof a); }
+INLINE vi vi_set(uint32_t x) { return (vi){x, x, x, x}; }
+INLINE vi vi_add(vi a, vi b) { return a + b; }
+INLINE vi vi_sub(vi a, vi b) { return a - b; }
+INLINE vi vi_and(vi a, vi b) { return a & b; }
+INLINE vi vi_or(vi a, vi b) { return a | b; }
+INLINE vi vi_xor(vi a, vi b) { return a ^ b; }
+INLINE vi vi_shift_left(vi a, int n) { return a << n; }
+INLINE vi vi_shift_right(vi a, int n) { return a >> n; }
+#if defined(__aarch64__)
+INLINE vf v_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
+INLINE vf v_fnma(vf a, vf b, vf c) { return vfmsq_f32(c, a, b); }
+INLINE vf v_sqrt(vf a) { return vsqrtq_f32(a); }
+INLINE vi v_round(vf a) { return vreinterpretq_u32_s32(vcvtnq_s32_f32(a)); }
+INLINE vf vi_convert(vi a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }
+#else
+INLINE vf v_fma(vf a, vf b, vf c) { return a * b + c; }
+INLINE vf v_fnma(vf a, vf b, vf c) { return c - a * b; }
+INLINE vf v_sqrt(vf a) { return (vf){sqrtf(a[0]), sqrtf(a[1]), sqrtf(a[2]), sqrtf(a[3])}; }
+/* To the nearest, by the spacing of floats at 1.5 * 2^23; only small numbers come here, or NaN. */
+INLINE vi v_round(vf a) {
+    const vf magic = v_set(12582912.0f);
+    return (vi)(a + magic) - (vi)magic;
+}
+INLINE vf vi_convert(vi a) {
+    const vm n = (vm)a;
+    return (vf){(float)n[0], (float)n[1], (float)n[2], (float)n[3]};
+}
+#endif
+
 #else
 
 #include <math.h>
@@ -127,6 +191,7 @@ INLINE vi vi_xor3(vi a, vi b, vi c) { return vi_xor(a, vi_xor(b, c)); }
 typedef struct { float x[LANES]; } vf;
 typedef struct { uint32_t x[LANES]; } vi;
 typedef struct { uint32_t x[LANES]; } vm;
+#define LANE(v, i) (v).x[i]
 
 #define EACH(type, value)                                                                         \
     type r;                                                                                       \
