@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.report import machine_line, matrices
 from torchrl_recall.demo.report import table
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,12 @@ def test_a_snippet_adds_five_lines():
 def test_the_tables_are_drawn_from_the_committed_results(size):
     runs = json.loads((ROOT / f"bench/results/four_rooms_{size}/results.json").read_text())
     assert table(runs, 200_000) in README
+
+
+def test_the_speeds_are_the_committed_ones():
+    saved = json.loads((ROOT / "bench/results/amd-epyc-x2-cpu.json").read_text())
+    for wanted in (machine_line(saved), *matrices(saved)[:2]):
+        assert wanted in README
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
