@@ -143,7 +143,7 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         why = reason.read_text(encoding="utf-8").strip() if reason.exists() else ""
         return None, (
             f"{LIBRARY.name} was not built when the package was installed"
-            f"{': ' + why if why else ''}; once there is a C compiler, reinstall without pip's cache"
+            f"{': ' + why if why else ''}; with a C compiler, reinstall without pip's cache"
         )
     try:
         library = ctypes.CDLL(str(LIBRARY))
