@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot, Unbounded
 
-from torchrl_recall import BacktrackModel
+from torchrl_recall import BacktrackModel, sample_traces
 from torchrl_recall.traces import draw_noise
 
 F32, F64 = torch.float32, torch.float64
@@ -72,3 +72,13 @@ def assert_same(one, other, tolerance):
             torch.testing.assert_close(value, other[key], rtol=tolerance, atol=tolerance)
         else:
             assert torch.equal(value, other[key]), key
+
+
+def walk(model, backend="auto", **options):
+    """Nine traces of three steps, on given noise unless a generator is passed."""
+    start, noise = torch.randn(9, 3, generator=torch.Generator().manual_seed(1)), None
+    if "generator" not in options:
+        noise = make_noise(model, 3, 9)
+    return sample_traces(
+        model, start.to(model.dtype), num_steps=3, noise=noise, backend=backend, **options
+    )

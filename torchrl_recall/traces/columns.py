@@ -14,6 +14,24 @@ from torchrl_recall.model import BacktrackModel
 class BadStart(ValueError):
     """A state to walk back from is not finite, or no state of the model."""
 
+    def __init__(
+        self, message: str = "next_observation must be finite and within the model's classes."
+    ) -> None:
+        super().__init__(message)
+
+
+class NoFirstStep(ValueError):
+    """Not a single trace could make a finite first step."""
+
+    def __init__(
+        self,
+        message: str = (
+            "model gives NaN or infinite numbers for every step back from finite states; "
+            "expected finite parameters and statistics, and states of the data's own size."
+        ),
+    ) -> None:
+        super().__init__(message)
+
 
 class Columns(NamedTuple):
     """The steps of ``n`` traces of length ``T``; a backend fills every entry.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.native import interface
-from torchrl_recall.traces.columns import BadStart, Columns
+from torchrl_recall.traces.columns import BadStart, Columns, NoFirstStep
 from torchrl_recall.traces.layout import (
     Watch,
     layout_of,
@@ -146,8 +146,9 @@ class Plan:
             block (Tensor): of `current_block`.
             num_steps (int): steps to be walked, of all traces.
         """
-        if self.tables is not None and self.tables[0] is block:
-            return self.tables[1]
+        kept = self.tables  # once: another thread may set it meanwhile
+        if kept is not None and kept[0] is block:
+            return kept[1]
         if not 0 < self.num_evaluations <= 2 * num_steps:
             return None
         tables = _aligned(self.library.recall_table_bytes(self.address))
@@ -269,7 +270,7 @@ def walk(
 
     Raises:
         BadStart: a start is not finite, or no state of the model.
-        ValueError: every first step back is not finite.
+        NoFirstStep: every first step back is not finite.
         MemoryError: no memory for the walk.
     """
     num_rows = len(start) * num_traces
@@ -306,12 +307,9 @@ def walk(
     else:
         _in_threads(function, arguments, call, threads, keep=(columns, start, noise, source))
     if call[interface.BAD_STARTS]:
-        raise BadStart("next_observation must be finite and within the model's classes.")
+        raise BadStart
     if not call[interface.FINITE_ROWS]:
-        raise ValueError(
-            "model gives NaN or infinite numbers for every step back from finite states; "
-            "expected finite parameters and statistics, and states of the data's own size."
-        )
+        raise NoFirstStep
     return columns
 
 

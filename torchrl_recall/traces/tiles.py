@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchrl_recall.heads import SupportDelta
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.traces.columns import BadStart, Columns
+from torchrl_recall.traces.columns import BadStart, Columns, NoFirstStep
 from torchrl_recall.traces.masks import last_visit as last_visit_mask
 from torchrl_recall.traces.masks import since_start
 from torchrl_recall.traces.noise import TraceNoise, draw_noise
@@ -49,12 +49,12 @@ def tiled_walk(
 
     Raises:
         BadStart: a start is not finite, or no state of the model (on the CPU; masked elsewhere).
-        ValueError: no first step back is finite (on the CPU; masked elsewhere).
+        NoFirstStep: no first step back is finite (on the CPU; masked elsewhere).
     """
     good = model.observation.are_states(start)
     on_cpu = start.is_cpu and not torch.compiler.is_compiling()
     if on_cpu and not bool(good.all()):
-        raise BadStart("next_observation must be finite and within the model's classes.")
+        raise BadStart
     if not on_cpu:
         # Asking would wait for the device: such traces are masked, and hold zeros.
         start = torch.where(good.unsqueeze(-1), start, torch.zeros_like(start))
@@ -71,10 +71,7 @@ def tiled_walk(
             tile_noise = TraceNoise(*(x if x is None else x[:, part] for x in noise))  # pyright: ignore
         any_finite |= _write(columns, part, walk(starts, tile_noise), model, last_visit)
     if on_cpu and not any_finite:
-        raise ValueError(
-            "model gives NaN or infinite numbers for every step back from finite states; "
-            "expected finite parameters and statistics, and states of the data's own size."
-        )
+        raise NoFirstStep
     if not on_cpu:
         columns.mask.logical_and_(good.repeat_interleave(num_traces).unsqueeze(-1))
     return columns
