@@ -1,8 +1,8 @@
 """The replay-buffer sampler that picks transitions of high value, where traces shall start.
 
 First station of the data's way: replay buffer -> `ValuePrioritizedSampler` -> BacktrackTransform.
-How values become probabilities is in `value_weights.py`, how TorchRL's arguments become values in
-`priority_arguments.py`; `values.py` computes values from a value network.
+How values become probabilities is in `priorities/`, how TorchRL's arguments become values in
+`priorities/arguments.py`; `values.py` computes values from a value network.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch.nn.functional import pad
 from torchrl.data import PrioritizedSampler
 
 from torchrl_recall.checks import check_at_least_one
-from torchrl_recall.priority_arguments import REDUCTIONS, flat_index, paired_values, selected_values
-from torchrl_recall.value_weights import DrawTable, checked_parameter, value_weights
+from torchrl_recall.priorities.arguments import REDUCTIONS, flat_index, paired_values, selected_values
+from torchrl_recall.priorities.weights import DrawTable, checked_parameter, value_weights
 
 # "No value yet"; exact in float32, through which TorchRL passes `default_priority`.
 _NO_VALUE = torch.finfo(torch.float32).min

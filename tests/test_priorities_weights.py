@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchrl_recall.value_weights import DrawTable, value_weights
+from torchrl_recall.priorities.weights import DrawTable, value_weights
 
 NONE, NAN = -math.inf, math.nan
 CASES = {

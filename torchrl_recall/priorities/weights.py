@@ -20,8 +20,27 @@ _RANGES = {
     "alpha": (lambda x: 0 <= x < math.inf, "at least 0 and finite"),
     "beta": (lambda x: 0 <= x < math.inf, "at least 0 and finite"),
     "eps": (lambda x: 0 < x < math.inf, "positive and finite"),
+    "uniform_share": (lambda x: 0 <= x <= 1, "in [0, 1]"),
     "min_value": (lambda x: not math.isnan(x), "a number or None"),
 }
+
+
+class Parameters(NamedTuple):
+    """How values become probabilities; `ValuePrioritizedSampler` says what each means."""
+
+    mode: str = "top"
+    top: float = 0.1
+    temperature: float = 1.0
+    min_value: float | None = None
+    alpha: float = 1.0
+    eps: float = 1e-8
+    uniform_share: float = 0.0
+
+
+def best_count(top: float, n: int) -> int:
+    """Return how many of ``n`` entries the mode ``"top"`` keeps, ties aside."""
+    # In floats 0.1 * 30 is above 3 and would keep 4: take the decimal number that was written.
+    return max(1, math.ceil(Fraction(repr(top)) * n))
 
 
 def checked_parameter(name: str, value: Any) -> Any:
@@ -51,6 +70,7 @@ def value_weights(
     temperature: float = 1.0,
     min_value: float | None = None,
     eps: float = 1e-8,
+    uniform_share: float = 0.0,
 ) -> Tensor:
     """Compute the unnormalised probability of drawing each entry, given the values of all.
 
@@ -64,6 +84,7 @@ def value_weights(
         temperature: of the mode ``"soft"``.
         min_value: entries below it, or without a value, get weight 0, unless that leaves nothing.
         eps: added to the absolute value in the mode ``"per"``.
+        uniform_share: share of draws that are uniform over the entries that may be drawn.
 
     Returns:
         ``[n]``, float64, at least 0; all 0 only if every entry is NaN.
@@ -87,6 +108,7 @@ def value_weights(
             temperature=temperature,
             min_value=min_value,
             eps=eps,
+            uniform_share=uniform_share,
         )
         return part.new_zeros(values.shape).masked_scatter_(drawable, part)
     valued = values > -math.inf
@@ -111,14 +133,18 @@ def value_weights(
             priority = v.abs().masked_fill(v == -math.inf, 0.0) + eps
             # Only ratios matter, and dividing by the largest keeps a large alpha from overflowing.
             weights = (priority / priority.max()) ** alpha
-    return weights if barred is None else weights.masked_fill(barred, 0.0)
+    may_be_drawn = torch.ones_like(weights) if barred is None else (~barred).double()
+    weights = weights * may_be_drawn
+    if uniform_share > 0:
+        weights = (1 - uniform_share) * weights / weights.sum()
+        weights += uniform_share * may_be_drawn / may_be_drawn.sum()
+    return weights
 
 
 def _top(v: Tensor, top: float) -> Tensor:
     """Weights of the best ``ceil(top * n)``; entries tied at the threshold share what is left."""
     n = v.numel()
-    # In floats 0.1 * 30 is above 3 and would keep 4: take the decimal number that was written.
-    k = max(1, math.ceil(Fraction(repr(top)) * n))
+    k = best_count(top, n)
     threshold = v.kthvalue(n - k + 1).values
     above, tied = v > threshold, v == threshold
     share = (k - above.sum()).double() / tied.sum()
