@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, c_float, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int64, c_uint32, c_uint64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
-VERSION = 1
+VERSION = 2
 MAX_LAYERS = 16
 ACTIVATIONS = (
     "identity",
@@ -128,6 +128,17 @@ _SIGNATURES = {
     "recall_tables": [POINTER(Model), c_void_p, c_void_p, c_int64],
     "recall_walk": [POINTER(Model), c_void_p, c_void_p],
     "recall_look_up": [POINTER(Model), c_void_p, c_void_p],
+    # Of draws by value, whose structure is in `priorities.py`.
+    "recall_priorities_bytes": [],
+    "recall_num_nodes": [c_int64],
+    "recall_census": [c_void_p],
+    "recall_prepare": [c_void_p],
+    "recall_write": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_double],
+    "recall_erase": [c_void_p, c_void_p, c_int64],
+    "recall_refresh": [c_void_p, c_void_p, c_int64, c_int64],
+    "recall_resize": [c_void_p, c_int64],
+    "recall_draw": [c_void_p, c_void_p, c_int64, c_double, c_void_p, c_void_p],
+    "recall_weights": [c_void_p, c_void_p],
 }
 
 

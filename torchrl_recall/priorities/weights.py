@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,10 +38,24 @@ class Parameters(NamedTuple):
     uniform_share: float = 0.0
 
 
+@lru_cache(maxsize=64)
+def _as_written(number: float) -> Fraction:
+    return Fraction(repr(number))
+
+
 def best_count(top: float, n: int) -> int:
     """Return how many of ``n`` entries the mode ``"top"`` keeps, ties aside."""
     # In floats 0.1 * 30 is above 3 and would keep 4: take the decimal number that was written.
-    return max(1, math.ceil(Fraction(repr(top)) * n))
+    fraction = _as_written(top)
+    return max(1, -(-fraction.numerator * n // fraction.denominator))
+
+
+def nothing_to_draw(size: int) -> RuntimeError:
+    """Return the error for entries of which none may be drawn."""
+    return RuntimeError(
+        f"All {size} stored entries were given non-finite values, so none can be drawn; "
+        "check what computes them, and set finite ones with update_priority or refresh."
+    )
 
 
 def checked_parameter(name: str, value: Any) -> Any:

@@ -11,6 +11,7 @@
 #define RECALL_BFLOAT16 0
 #define NAME(x) x##_512
 #include "walk.h"
+#include "draws.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

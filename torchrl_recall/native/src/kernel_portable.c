@@ -3,3 +3,4 @@
 #define RECALL_BFLOAT16 0
 #define NAME(x) x##_0
 #include "walk.h"
+#include "draws.h"

@@ -15,7 +15,7 @@
 #define RECALL_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define RECALL_VERSION 1
+#define RECALL_VERSION 2
 #define MAX_LAYERS 16
 #define TILE 64 /* traces that go through all steps together */
 

@@ -1,0 +1,72 @@
+/* The C interface of draws by value: stored values, sums over them, and exact draws in O(1) each.
+ *
+ * Everything lies in memory that the caller owns; ../priorities.py mirrors the structure. Sums are
+ * a tree of sixteen children a node, always added up anew from the children in one order, so that
+ * after any sequence of writes they are what a rebuild would give, to the bit.
+ */
+#ifndef RECALL_PRIORITIES_H
+#define RECALL_PRIORITIES_H
+
+#include "recall.h"
+
+enum mode { MODE_TOP, MODE_SOFT, MODE_RANK, MODE_PER };
+/* What the nodes hold: sums of weights, or how many entries lie above a threshold and at it. */
+enum sums { SUMS_OF_WEIGHTS, SUMS_OF_COUNTS };
+enum draw_status { NOTHING_TO_DRAW = 2, BAD_INDEX = 3 };
+
+/* What the weight of an entry depends on beside its own value. */
+typedef struct {
+    int64_t sums, mode;
+    double least;                 /* entries below it are not drawn; -inf: all but NaN may be */
+    double threshold;             /* of SUMS_OF_COUNTS */
+    double reference, rate, extra; /* weight exp((v - reference) rate), or (|v| rate + extra)^alpha */
+    double alpha;
+} recall_form;
+
+typedef struct {
+    int64_t capacity, is_double, instruction_set;
+    void *values;                    /* [capacity, and on to a multiple of 16] float or double;
+                                      * -inf: none yet, NaN: never drawn */
+    int64_t size;                    /* how many entries are stored */
+    int64_t mode, has_min_value;
+    double temperature, min_value, alpha, eps, uniform_share;
+    int64_t num_best;                /* of MODE_TOP: how many it keeps, ties aside */
+
+    /* What the first `size` values are like: kept up to date by writes while it is valid. */
+    int64_t census_is_valid, num_drawable, num_valued, num_enough, num_largest;
+    double largest;                  /* value, in MODE_PER absolute value, of those to be drawn */
+    int64_t threshold_is_valid, num_above, num_tied;
+    double threshold;
+
+    int64_t nodes_are_valid, eligible_is_valid, order_is_valid, least_is_valid;
+    recall_form form, eligible_form;
+    void *nodes, *eligible;          /* [recall_num_nodes(capacity)] of 8 bytes */
+    uint32_t *order, *spare;         /* MODE_RANK: [capacity], entries by falling value */
+    int64_t num_ranks;               /* that the nodes are the sums of */
+    double least_weight, least_positive_weight;
+} recall_priorities;
+
+RECALL_EXPORT int64_t recall_priorities_bytes(void); /* of the structure, to compare */
+RECALL_EXPORT int64_t recall_num_nodes(int64_t capacity);
+/* Brings the census up to date; MODE_TOP needs `num_drawable` to know its `num_best`. */
+RECALL_EXPORT int64_t recall_census(recall_priorities *p);
+/* Brings all that a draw needs up to date. */
+RECALL_EXPORT int64_t recall_prepare(recall_priorities *p);
+/* Writes values at indices, negative ones skipped, as well as values equal to `none`; `stride` 0
+ * stands for one value for all. Returns how many values were not finite, or -1 for an index that
+ * is out of range, before anything is written. */
+RECALL_EXPORT int64_t recall_write(recall_priorities *p, const int64_t *index, const void *values,
+                                   int64_t is_double, int64_t count, int64_t stride, double none);
+/* Takes the values at indices back: none yet. */
+RECALL_EXPORT int64_t recall_erase(recall_priorities *p, const int64_t *index, int64_t count);
+/* Writes the first `count` values; returns how many were not finite. */
+RECALL_EXPORT int64_t recall_refresh(recall_priorities *p, const void *values, int64_t is_double,
+                                     int64_t count);
+RECALL_EXPORT int64_t recall_resize(recall_priorities *p, int64_t size);
+/* Entries for uniform numbers in [0, 1), and their importance weights, unless NULL. */
+RECALL_EXPORT int64_t recall_draw(recall_priorities *p, const double *uniform, int64_t count,
+                                  double beta, int64_t *entry, float *importance);
+/* The weights of all stored entries. */
+RECALL_EXPORT int64_t recall_weights(recall_priorities *p, double *weights);
+
+#endif

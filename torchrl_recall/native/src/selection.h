@@ -1,0 +1,122 @@
+/* The k-th largest of many values, at about the speed of reading them; included once for each type
+ * of VALUE, with OF to name its functions.
+ *
+ * After Floyd and Rivest (1975): a sample tells between which two values the wanted one lies; one
+ * pass counts what is outside and gathers the few inside, among which the same is done again.
+ */
+
+/* The k-th largest (from 0) of n > k numbers, which are reordered. */
+static VALUE OF(partition)(VALUE *v, int64_t n, int64_t k) {
+    int64_t low = 0, high = n - 1;
+    while (low < high) {
+        const VALUE a = v[low], b = v[low + (high - low) / 2], c = v[high];
+        const VALUE smaller = a < b ? a : b, larger = a < b ? b : a;
+        const VALUE pivot = c < smaller ? smaller : c > larger ? larger : c;
+        int64_t i = low, j = high;
+        while (i <= j) {
+            while (v[i] > pivot) i++;
+            while (v[j] < pivot) j--;
+            if (i > j) break;
+            const VALUE swapped = v[i];
+            v[i++] = v[j];
+            v[j--] = swapped;
+        }
+        if (k <= j) high = j;
+        else if (k >= i) low = i;
+        else break;
+    }
+    return v[k];
+}
+
+/* Counts by where they lie. NaN is nowhere. */
+static void OF(count)(const VALUE *v, int64_t n, VALUE high, VALUE low, int64_t counts[4]) {
+    memset(counts, 0, 4 * sizeof *counts);
+    for (int64_t from = 0; from < n; from += CHUNK) {
+        const int64_t to = from + CHUNK < n ? from + CHUNK : n;
+        int32_t above = 0, at_high = 0, between = 0, at_low = 0;
+        for (int64_t i = from; i < to; i++) {
+            above += v[i] > high;
+            at_high += v[i] == high;
+            between += (v[i] < high) & (v[i] > low);
+            at_low += (v[i] < high) & (v[i] == low);
+        }
+        counts[ABOVE] += above;
+        counts[AT_HIGH] += at_high;
+        counts[BETWEEN] += between;
+        counts[AT_LOW] += at_low;
+    }
+}
+
+/* Gathers what lies between; `to` has room for LANES more. */
+static void OF(gather)(const VALUE *v, int64_t n, VALUE high, VALUE low, VALUE *to) {
+    int64_t i = 0;
+#ifdef GATHER
+    GATHER
+#endif
+    for (; i < n; i++) {
+        *to = v[i];
+        to += (v[i] < high) & (v[i] > low);
+    }
+}
+
+/* Finds the k-th largest (from 0) of n values, of which `all` > k are not NaN: the threshold, with
+ * how many lie at it, and above it beside those that are counted already. */
+static int64_t OF(find)(recall_priorities *p, const VALUE *v, int64_t n, int64_t all, int64_t k) {
+    VALUE few[FEW], high = (VALUE)INFINITY, low = -(VALUE)INFINITY;
+    int64_t m = 0, counts[4];
+    if (n <= FEW) {
+        for (int64_t i = 0; i < n; i++) {
+            if (v[i] == v[i]) few[m++] = v[i];
+        }
+        high = OF(partition)(few, m, k);
+        OF(count)(few, m, high, high, counts);
+        p->threshold = (double)high;
+        p->num_above += counts[ABOVE];
+        p->num_tied = counts[AT_HIGH];
+        return OK;
+    }
+    /* Places by the golden ratio fall in step with no period of the data. */
+    uint64_t place = 0;
+    for (int64_t i = 0; i < FEW; i++) {
+        place += 0x9e3779b97f4a7c15u;
+        const VALUE x = v[(int64_t)((double)(place >> 11) * 0x1p-53 * (double)n)];
+        if (x == x) few[m++] = x;
+    }
+    /* Where the wanted one lies in the sample, give or take three standard deviations. */
+    const double share = ((double)k + 0.5) / (double)all, middle = share * (double)m;
+    const double spread = 3.0 * sqrt((double)m * share * (1.0 - share)) + 1.0;
+    const int64_t first = (int64_t)(middle - spread), last = (int64_t)(middle + spread);
+    if (middle >= spread) high = OF(partition)(few, m, first);
+    /* What was partitioned already has the larger ones in front. */
+    if (last < m) {
+        const int64_t done = middle >= spread ? first : 0;
+        low = OF(partition)(few + done, m - done, last - done);
+    }
+    OF(count)(v, n, high, low, counts);
+    if (k < counts[ABOVE] || k >= counts[ABOVE] + counts[AT_HIGH] + counts[BETWEEN] + counts[AT_LOW]) {
+        /* An unlucky sample. */
+        high = (VALUE)INFINITY;
+        low = -(VALUE)INFINITY;
+        OF(count)(v, n, high, low, counts);
+    }
+    p->num_above += counts[ABOVE];
+    if (k < counts[ABOVE] + counts[AT_HIGH]) {
+        p->threshold = (double)high;
+        p->num_tied = counts[AT_HIGH];
+        return OK;
+    }
+    k -= counts[ABOVE] + counts[AT_HIGH];
+    p->num_above += counts[AT_HIGH];
+    if (k >= counts[BETWEEN]) {
+        p->threshold = (double)low;
+        p->num_above += counts[BETWEEN];
+        p->num_tied = counts[AT_LOW];
+        return OK;
+    }
+    VALUE *inside = malloc((size_t)(counts[BETWEEN] + LANES) * sizeof *inside);
+    if (!inside) return NO_MEMORY;
+    OF(gather)(v, n, high, low, inside);
+    const int64_t status = OF(find)(p, inside, counts[BETWEEN], counts[BETWEEN], k);
+    free(inside);
+    return status;
+}
