@@ -84,18 +84,17 @@ class Form(NamedTuple):
 
     def empty(self, num_rows: int, num_steps: int, device: torch.device | str) -> Columns:
         """Return columns with memory but without values."""
-        shape, dtype = (num_rows, num_steps), self.dtype
-        state_shape, state_dtype = (*shape, self.state_size), dtype
-        action_shape, action_dtype = shape, torch.int64
-        if self.is_discrete:
-            state_dtype = torch.int64
-        if self.action_size is not None:
-            action_shape, action_dtype = (*shape, self.action_size), dtype
+
+        def column(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty(num_rows, num_steps, *shape, dtype=dtype, device=device)
+
+        state_dtype = torch.int64 if self.is_discrete else self.dtype
+        size = self.action_size
         return Columns(
-            state=torch.empty(state_shape, dtype=state_dtype, device=device),
-            next_state=torch.empty(state_shape, dtype=state_dtype, device=device),
-            action=torch.empty(action_shape, dtype=action_dtype, device=device),
-            action_log_prob=torch.empty(shape, dtype=dtype, device=device),
-            delta_log_prob=torch.empty(shape, dtype=dtype, device=device),
-            mask=torch.empty(shape, dtype=torch.bool, device=device),
+            state=column(state_dtype, self.state_size),
+            next_state=column(state_dtype, self.state_size),
+            action=column(torch.int64) if size is None else column(self.dtype, size),
+            action_log_prob=column(self.dtype),
+            delta_log_prob=column(self.dtype),
+            mask=column(torch.bool),
         )

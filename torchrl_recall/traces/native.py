@@ -268,6 +268,7 @@ def walk(
     words = [num_rows, num_traces, num_steps, start.data_ptr(), seed, *given]
     words += map(Tensor.data_ptr, columns)
     words += last_visit, plan.instruction_set, 0, 0, 0
+    assert len(words) == len(interface.CALL_FIELDS)
     call = array(interface.WORD, words)
     function, source = plan.library.recall_walk, block
     work = num_rows * num_steps * plan.macs
@@ -281,7 +282,7 @@ def walk(
     if threads <= 1:
         _check(function(*arguments))
     else:
-        _in_threads(function, arguments, call, threads, keep=(columns, start, noise, source))
+        _in_threads(function, arguments, call, threads, keep=(plan, columns, start, noise, source))
     if call[interface.BAD_STARTS]:
         raise BadStart
     if not call[interface.FINITE_ROWS]:

@@ -165,8 +165,8 @@ def _nested(data: dict[Any, Any], shape: torch.Size, device: torch.device) -> Te
 
 
 def _flat(data: dict[Any, Any], shape: torch.Size, device: torch.device) -> TensorDict:
-    """Return a TensorDict of entries known to fit: unchecked, in a tenth of the time."""
+    """Return a TensorDict of entries known to fit: checks would take a fifth of a small walk."""
     out = TensorDict._new_unsafe(data, batch_size=shape)
-    # Given to the constructor, it would take as long again.
+    # The constructor takes as long again if the device is given to it.
     out._device = device
     return out
