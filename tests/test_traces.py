@@ -93,6 +93,23 @@ def test_a_trace_is_a_rollout_that_ends_in_its_start(observation, batch, num_tra
         )
 
 
+@pytest.mark.parametrize("observation", ["normal", "support"])
+def test_a_trace_is_an_ordinary_tensordict_with_memory_of_its_own(observation):
+    model = make_model(observation, dtype=F32)
+    for _ in range(2):  # the second walk of a size takes what the first has prepared
+        trace = sample_traces(model, make_start(model, 5), num_steps=4)
+        for part in (trace, trace["next"], trace["collector"]):
+            assert part.device == torch.device("cpu")
+            assert part.batch_size == (5, 4)
+            assert not part.is_locked
+        values = list(trace.values(True, True))
+        assert all(value.is_contiguous() for value in values)
+        assert len({value.untyped_storage().data_ptr() for value in values}) == len(values)
+    trace.set_("action_log_prob", torch.ones(5, 4))
+    trace["more"] = torch.zeros(5, 4, 1)
+    assert_same(trace.clone(), trace, 0)
+
+
 def test_keys_shapes_and_dtypes_are_those_of_the_environment():
     observation = Composite(
         camera=Unbounded((2, 2)), agent=Composite(speed=Unbounded(()), place=Unbounded((3,)))

@@ -21,6 +21,7 @@ from torchrl_recall.traces import TraceNoise, native
 from torchrl_recall.traces.columns import Columns
 from torchrl_recall.traces.layout import layout_of, live_tensors
 from torchrl_recall.traces.masks import last_visit
+from torchrl_recall.traces.request import Request
 from torchrl_recall.traces.tiles import tiled_walk
 from torchrl_recall.traces.walk import reference_walk
 
@@ -68,8 +69,7 @@ def in_double(model, start, noise, **options):
     def walk(rows, tile_noise):
         return reference_walk(double, rows, tile_noise)
 
-    arguments = {"generator": None, "noise": noise, "last_visit": False, **options}
-    return tiled_walk(walk, double, start, 1, len(noise.action), **arguments)
+    return tiled_walk(walk, Request(double, start, 1, len(noise.action), noise=noise, **options))
 
 
 def assert_close(columns, expected, tolerance=TOLERANCE):

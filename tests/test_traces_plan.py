@@ -48,6 +48,16 @@ def wider(model):
     second.weight = nn.Parameter(torch.randn(16, 24))
 
 
+def last_to_the_end(model):
+    modules = model.delta_network._modules
+    modules["3"] = modules.pop("3")
+
+
+def expanded(model):
+    bias = model.delta_network[0].bias
+    bias.data = bias.data[:1].expand(16)
+
+
 CHANGES = {
     "optimizer": optimizer_step,
     "foreach optimizer": fused_step,
@@ -80,6 +90,8 @@ CHANGES = {
     "transposed": lambda model: setattr(
         list(model.delta_network)[2].weight, "data", list(model.delta_network)[2].weight.data.t()
     ),
+    "expanded": expanded,
+    "order": last_to_the_end,
     "statistics set": lambda model: setattr(
         model.delta_head, "normalizer", shifted(model.delta_head.normalizer, "mean")
     ),
@@ -109,7 +121,7 @@ def test_a_changed_parameter_is_seen(change):
         warnings.simplefilter("ignore")  # a transposed weight walks in torch
         after = walk(model)
     # The eager form has no way around what was put upon a module.
-    other = "reference" if change in ("forward", "observation hook") else "eager"
+    other = "reference" if change in ("forward", "observation hook", "order") else "eager"
     assert_same(after, walk(model, other), 1e-5)
     if change != "double and back" and after["observation"].dtype == F32:
         same = all(torch.equal(v, after[k]) for k, v in before.items(True, True))

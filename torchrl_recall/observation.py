@@ -225,7 +225,8 @@ class ObservationCodec(nn.Module):
             return self._check_continuous(value, shape, name, ndim, finite)
         event = len(shape)
         self._check_shape(value, shape, name, ndim)
-        check_device(name, value.device, self.unit.device)
+        unit: Any = self._buffers["unit"]
+        check_device(name, value.device, unit.device)
         start = sum(self._coordinates(j) for j in range(i)) if i else 0
         n = self.cardinality[start]
         if self.formats[i] == "one_hot":
@@ -252,7 +253,7 @@ class ObservationCodec(nn.Module):
 
     def _check_continuous(self, value, shape, name: str, ndim: int | None, finite: bool) -> Tensor:
         self._check_shape(value, shape, name, ndim)
-        unit = self.unit
+        unit: Any = self._buffers["unit"]  # quicker than by `Module.__getattr__`
         if value.dtype != unit.dtype:
             raise ValueError(
                 f"{name} has dtype {value.dtype}, but the model has {unit.dtype}; cast the "
@@ -267,9 +268,9 @@ class ObservationCodec(nn.Module):
 
     @staticmethod
     def _check_shape(value: Tensor, shape: torch.Size, name: str, ndim: int | None) -> None:
-        event = len(shape)
-        wrong = value.shape[value.ndim - event :] != shape if value.ndim >= event else True
-        if wrong or (ndim is not None and value.ndim != ndim + event):
+        found, event = value.shape, len(shape)
+        batch = len(found) - event
+        if batch < 0 or found[batch:] != shape or (ndim is not None and batch != ndim):
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}, expected [*batch, "
                 f"{', '.join(map(str, shape))}] with the model's observation shape {tuple(shape)}."

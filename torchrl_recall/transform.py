@@ -21,7 +21,8 @@ from torchrl_recall.masking import blank_rows, one_each
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.observation import sorted_keys
 from torchrl_recall.traces import sample_traces
-from torchrl_recall.traces.backends import BACKENDS, PRECISIONS, Backend, Precision
+from torchrl_recall.traces.backends import BACKENDS, Backend
+from torchrl_recall.traces.request import PRECISIONS, Precision
 
 
 class BacktrackTransform(Transform):

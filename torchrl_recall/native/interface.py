@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, c_double, c_float, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import Structure, c_double, c_float, c_int64, c_uint32, c_uint64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
@@ -89,7 +89,7 @@ class Model(Structure):
     ]
 
 
-# A call is an array of 64-bit words; pointers are among them. These are their places.
+# A call is an `array` of 64-bit words; pointers are among them. These are their places.
 CALL_FIELDS = (
     "num_rows",
     "num_traces",
@@ -111,23 +111,24 @@ CALL_FIELDS = (
     "finite_rows",
     "bad_starts",
 )
-Call = c_int64 * len(CALL_FIELDS)
+WORD = "q"
 NEXT_TILE, FINITE_ROWS, BAD_STARTS = (
     CALL_FIELDS.index(name) for name in ("next_tile", "finite_rows", "bad_starts")
 )
 
 
+# A model goes by its address: a plain number is the quickest to pass.
 _SIGNATURES = {
     "recall_version": [],
     "recall_instruction_set": [],
     "recall_words": [c_int64, c_uint32 * 3, c_uint64, c_uint32 * 4],
-    "recall_packed_bytes": [POINTER(Model)],
-    "recall_pack": [POINTER(Model), c_void_p],
-    "recall_is_current": [POINTER(Model), c_void_p],
-    "recall_table_bytes": [POINTER(Model)],
-    "recall_tables": [POINTER(Model), c_void_p, c_void_p, c_int64],
-    "recall_walk": [POINTER(Model), c_void_p, c_void_p],
-    "recall_look_up": [POINTER(Model), c_void_p, c_void_p],
+    "recall_packed_bytes": [c_void_p],
+    "recall_pack": [c_void_p, c_void_p],
+    "recall_is_current": [c_void_p, c_void_p],
+    "recall_table_bytes": [c_void_p],
+    "recall_tables": [c_void_p, c_void_p, c_void_p, c_int64],
+    "recall_walk": [c_void_p, c_void_p, c_void_p],
+    "recall_look_up": [c_void_p, c_void_p, c_void_p],
     # Of draws by value, whose structure is in `priorities.py`.
     "recall_priorities_bytes": [],
     "recall_num_nodes": [c_int64],

@@ -17,12 +17,12 @@ from torchrl_recall.traces import cuda_graph, eager, native, operator, table, tr
 from torchrl_recall.traces.columns import Columns
 from torchrl_recall.traces.layout import Watch
 from torchrl_recall.traces.noise import TraceNoise
+from torchrl_recall.traces.request import Request
 from torchrl_recall.traces.tiles import tiled_walk
 from torchrl_recall.traces.walk import Walk, reference_walk
 
 Backend = Literal["auto", "reference", "eager", "table", "graph", "native", "triton"]
-Precision = Literal["float32", "tf32x3", "tf32", "float16", "bfloat16"]
-BACKENDS, PRECISIONS = get_args(Backend), get_args(Precision)
+BACKENDS = get_args(Backend)
 
 
 _Kind = Callable[[BacktrackModel], Callable[[Tensor, TraceNoise], Walk]]
@@ -81,30 +81,6 @@ def backends() -> dict[str, BackendStatus]:
     }
 
 
-class Request(NamedTuple):
-    """What to walk.
-
-    Attributes:
-        model (BacktrackModel): the model.
-        start (Tensor): ``[S, size]`` flat states.
-        num_traces (int): traces from each.
-        num_steps (int): length of the traces.
-        generator (torch.Generator or None): source of randomness.
-        noise (TraceNoise or None): the random numbers themselves.
-        last_visit (bool): mask steps whose state comes again.
-        precision (str): least precision of the networks' products.
-    """
-
-    model: BacktrackModel
-    start: Tensor
-    num_traces: int
-    num_steps: int
-    generator: torch.Generator | None
-    noise: TraceNoise | None
-    last_visit: bool
-    precision: Precision
-
-
 def walk(request: Request, backend: Backend) -> Columns:
     """Walk with a backend, or with the best one that can.
 
@@ -131,7 +107,7 @@ def walk(request: Request, backend: Backend) -> Columns:
         if torch.compiler.is_compiling():
             reason = operator.why_not(request.model)
             if reason is None:
-                return _in_graph(request)
+                return operator.walk_in_graph(request)
         else:
             plan = native.plan_of(request.model, request.precision == "bfloat16")
             if not isinstance(plan, str):
@@ -150,12 +126,14 @@ def _refusal(name: str, reason: str) -> ValueError:
     return ValueError(f"backend={name!r} cannot run this model: {reason}.")
 
 
+# `empty_like` is the quickest way to a tensor.
+_A_SEED = torch.empty((), dtype=torch.int64, device="cpu")
+
+
 def _natively(request: Request, plan: native.Plan) -> Columns:
     seed = 0
     if request.noise is None:
-        seed = int(
-            torch.empty((), dtype=torch.int64, device="cpu").random_(generator=request.generator)
-        )
+        seed = int(torch.empty_like(_A_SEED).random_(generator=request.generator))
     return native.walk(
         plan,
         request.start,
@@ -206,19 +184,6 @@ def _by_triton(request: Request) -> Columns:
     return columns
 
 
-def _in_graph(request: Request) -> Columns:
-    return operator.walk_in_graph(
-        request.model,
-        request.start,
-        request.num_traces,
-        request.num_steps,
-        generator=request.generator,
-        noise=request.noise,
-        last_visit=request.last_visit,
-        bfloat16=request.precision == "bfloat16",
-    )
-
-
 def _in_torch(request: Request, reason: str) -> Columns:
     """Walk with the quickest torch backend; `reason` is why not natively."""
     model = request.model
@@ -241,16 +206,7 @@ def _in_torch(request: Request, reason: str) -> Columns:
 def _tiled(request: Request, kind: _Kind) -> Columns:
     with torch.no_grad():
         step_back = kind(request.model)
-    return tiled_walk(
-        step_back,
-        request.model,
-        request.start,
-        request.num_traces,
-        request.num_steps,
-        generator=request.generator,
-        noise=request.noise,
-        last_visit=request.last_visit,
-    )
+    return tiled_walk(step_back, request)
 
 
 _warned: weakref.WeakKeyDictionary[BacktrackModel, set[str]] = weakref.WeakKeyDictionary()

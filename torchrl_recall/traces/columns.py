@@ -57,16 +57,44 @@ class Columns(NamedTuple):
     @classmethod
     def empty(cls, model: BacktrackModel, num_rows: int, num_steps: int) -> Columns:
         """Return columns with memory but without values."""
-        dtype, device, size = model.dtype, model.device, model.observation.size
-        state_dtype = torch.int64 if model.observation.is_discrete else dtype
-        state = torch.empty(num_rows, num_steps, size, dtype=state_dtype, device=device)
-        if isinstance(model.action.head, CategoricalHead):
-            action = torch.empty(num_rows, num_steps, dtype=torch.int64, device=device)
-        else:
-            width = model.action.head.size
-            action = torch.empty(num_rows, num_steps, width, dtype=dtype, device=device)
-        log_prob = torch.empty(num_rows, num_steps, dtype=dtype, device=device)
-        mask = torch.empty(num_rows, num_steps, dtype=torch.bool, device=device)
-        return cls(
-            state, torch.empty_like(state), action, log_prob, torch.empty_like(log_prob), mask
+        head = model.action.head
+        form = Form(
+            state_size=model.observation.size,
+            is_discrete=model.observation.is_discrete,
+            action_size=None if isinstance(head, CategoricalHead) else head.size,
+            dtype=model.dtype,
+        )
+        return form.empty(num_rows, num_steps, model.device)
+
+
+class Form(NamedTuple):
+    """What a model's columns look like, whatever their length.
+
+    Attributes:
+        state_size (int): numbers of a flat state.
+        is_discrete (bool): whether they are int64.
+        action_size (int or None): numbers of an action; None for an index.
+        dtype (torch.dtype): dtype of all that is no integer.
+    """
+
+    state_size: int
+    is_discrete: bool
+    action_size: int | None
+    dtype: torch.dtype = torch.float32
+
+    def empty(self, num_rows: int, num_steps: int, device: torch.device | str) -> Columns:
+        """Return columns with memory but without values."""
+
+        def column(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty(num_rows, num_steps, *shape, dtype=dtype, device=device)
+
+        state_dtype = torch.int64 if self.is_discrete else self.dtype
+        size = self.action_size
+        return Columns(
+            state=column(state_dtype, self.state_size),
+            next_state=column(state_dtype, self.state_size),
+            action=column(torch.int64) if size is None else column(self.dtype, size),
+            action_log_prob=column(self.dtype),
+            delta_log_prob=column(self.dtype),
+            mask=column(torch.bool),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torchrl_recall.heads import CategoricalHead, GaussianHead, NormalHead, Supp
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.native import interface
 from torchrl_recall.traces import eager
+from torchrl_recall.traces.columns import Form
 from torchrl_recall.traces.eager import NETWORKS
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -103,7 +104,11 @@ class Watch:
         networks: Any = [getattr(model, name) for name in NETWORKS]
         networks = [network for network in networks if network is not None]
         owners = [model, model.observation, model.action, model.action.head, model.delta_head]
-        self.modules = [(o._modules, list(o._modules.values())) for o in [*owners, *networks]]
+        # Live views of the modules' own dictionaries, beside what they held.
+        self.owners = [owner._modules for owner in owners]
+        self.owned = [dict(modules) for modules in self.owners]
+        self.stacks = [network._modules.values() for network in networks]
+        self.stacked = [list(modules) for modules in self.stacks]
         layers: Any = [layer for network in networks for layer in network._modules.values()]
         called = [model.observation, *networks, *layers]
         self.hooks = [h for m in called for h in (m._forward_hooks, m._forward_pre_hooks)]
@@ -113,25 +118,25 @@ class Watch:
         holders = [part.__dict__ for part in [*parts, *layers] if part is not None]
         self.settings = [(d, name) for d in holders for name in _SETTINGS if name in d]
         self.values = [d[name] for d, name in self.settings]
-        self.holders = live_holders(model)
+        self.live = [holder.values() for holder in live_holders(model)]
         # Their memory is held, even where ``.data`` is set: nothing else can come to lie there.
         self.tensors = [tensor.detach() for tensor in live_tensors(model)]
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
 
     def sees_no_change(self) -> bool:
         """Return whether the model still has the modules, settings and tensors it had."""
-        for holder, modules in self.modules:
-            if list(holder.values()) != modules:
-                return False
-        if any(self.hooks) or any("forward" in attributes for attributes in self.called):
+        # Loops in C, by `map` and the like: this runs at every call.
+        if self.owners != self.owned or [*map(list, self.stacks)] != self.stacked:
+            return False
+        if any(self.hooks) or any(map(dict.__contains__, self.called, repeat("forward"))):
             return False
         if [d[name] for d, name in self.settings] != self.values:
             return False
         try:
             # A tensor that is no longer contiguous is missing from the list.
-            found = [t.data_ptr() for h in self.holders for t in h.values() if t.is_contiguous()]
-            return found == self.addresses
-        except AttributeError:  # a bias became None
+            contiguous = filter(Tensor.is_contiguous, chain.from_iterable(self.live))
+            return [*map(Tensor.data_ptr, contiguous)] == self.addresses
+        except TypeError:  # a bias became None
             return False
 
 
@@ -179,6 +184,17 @@ def layout_of(model: BacktrackModel) -> str:
 def parse(layout: str) -> dict[str, Any]:
     """Return what `layout_of` wrote."""
     return json.loads(layout)
+
+
+def form_of(layout: str) -> Form:
+    """Return what columns look like for a model of a layout."""
+    model = parse(layout)
+    action = model["action"]
+    return Form(
+        state_size=model["state_size"],
+        is_discrete=model["is_discrete"],
+        action_size=None if action["kind"] == interface.CLASS else action["size"],
+    )
 
 
 def named_tensors(layout: str, tensors: list[Tensor]) -> dict[str, Any]:

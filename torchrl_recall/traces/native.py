@@ -11,6 +11,7 @@ import ctypes
 import math
 import threading
 import weakref
+from array import array
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torchrl_recall.native import interface
 from torchrl_recall.traces.columns import BadStart, Columns, NoFirstStep
 from torchrl_recall.traces.layout import (
     Watch,
+    form_of,
     layout_of,
     named_tensors,
     parse,
@@ -64,10 +66,8 @@ class Plan:
         self.constants: list[Tensor] = []
         self.instruction_set = min(int(library.recall_instruction_set()), 513 if bfloat16 else 512)
         form, named = parse(layout), named_tensors(layout, tensors)
-        self.state_size: int = form["state_size"]
-        self.state_dtype = torch.int64 if form["is_discrete"] else torch.float32
-        by_class = form["action"]["kind"] == interface.CLASS
-        self.action_size: int | None = None if by_class else form["action"]["size"]
+        self.form = form_of(layout)
+        by_class = self.form.action_size is None
         self.num_evaluations = 0  # of networks, for tables; 0 if there can be none
         if form["is_discrete"] and by_class:
             num_states = math.prod(form["cardinality"])
@@ -76,9 +76,9 @@ class Plan:
                 self.num_evaluations = num_states * (1 + form["action"]["size"])
         self.macs = sum(w.numel() for pairs in named["networks"] for w, _ in pairs)
         self.described = self._describe(form, named)
-        self.address = ctypes.byref(self.described)
+        self.address = ctypes.addressof(self.described)
         self.block = self._pack()
-        self.templates: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        self.templates: dict[tuple[int, int], Columns] = {}
         # The tables, beside the packed values that they were made of.
         self.tables: tuple[Tensor, Tensor] | None = None
 
@@ -162,33 +162,16 @@ class Plan:
 
     def columns(self, num_rows: int, num_steps: int) -> Columns:
         """Return columns with memory but without values."""
-        form = num_rows, num_steps
-        like = self.templates.get(form)
+        like = self.templates.get((num_rows, num_steps))
         if like is None:
-            # Without memory of their own: `empty_like` is the quickest way to a tensor.
-            wide = () if self.action_size is None else (self.action_size,)
-            action_dtype = torch.int64 if self.action_size is None else torch.float32
-            shapes = [
-                ((*form, self.state_size), self.state_dtype),
-                ((*form, *wide), action_dtype),
-                (form, torch.float32),
-                (form, torch.bool),
-            ]
-            like = tuple(
-                torch.empty((), dtype=dtype, device="cpu").expand(shape) for shape, dtype in shapes
-            )
+            # `empty_like` is the quickest way to a tensor, and needs no memory to be like.
+            like = self.form.empty(num_rows, num_steps, "cpu")
+            for column in like:
+                column.untyped_storage().resize_(0)
             if len(self.templates) >= MAX_TEMPLATES:
                 self.templates.clear()
-            self.templates[form] = like
-        state, action, log_prob, mask = like
-        return Columns(
-            torch.empty_like(state),
-            torch.empty_like(state),
-            torch.empty_like(action),
-            torch.empty_like(log_prob),
-            torch.empty_like(log_prob),
-            torch.empty_like(mask),
-        )
+            self.templates[num_rows, num_steps] = like
+        return Columns(*map(torch.empty_like, like))
 
 
 def _head(form: dict[str, Any], buffers: dict[str, Tensor]) -> interface.Head:
@@ -261,7 +244,7 @@ def walk(
         start (Tensor): ``[S, size]`` states, float32 or int64.
         num_traces (int): traces from each start.
         num_steps (int): length ``T`` of the traces.
-        seed (int): key of the random numbers, 64 bits.
+        seed (int): key of the random numbers, an int64.
         noise (TraceNoise, optional): the random numbers themselves, float32.
         last_visit (bool): mask steps whose state comes again.
 
@@ -273,7 +256,7 @@ def walk(
         NoFirstStep: every first step back is not finite.
         MemoryError: no memory for the walk.
     """
-    num_rows = len(start) * num_traces
+    num_rows = start.shape[0] * num_traces
     if num_rows >= 2**32:
         raise ValueError(f"next_observation gives {num_rows} traces, expected fewer than 2^32.")
     start = start.resolve_neg().contiguous()
@@ -282,17 +265,11 @@ def walk(
     if noise is not None:
         noise = TraceNoise(*(x if x is None else x.resolve_neg().contiguous() for x in noise))  # pyright: ignore
         given = [0 if part is None else part.data_ptr() for part in noise]
-    call = interface.Call(
-        num_rows,
-        num_traces,
-        num_steps,
-        start.data_ptr(),
-        seed,
-        *given,
-        *[column.data_ptr() for column in columns],
-        last_visit,
-        plan.instruction_set,
-    )
+    words = [num_rows, num_traces, num_steps, start.data_ptr(), seed, *given]
+    words += map(Tensor.data_ptr, columns)
+    words += last_visit, plan.instruction_set, 0, 0, 0
+    assert len(words) == len(interface.CALL_FIELDS)
+    call = array(interface.WORD, words)
     function, source = plan.library.recall_walk, block
     work = num_rows * num_steps * plan.macs
     if plan.num_evaluations:
@@ -300,12 +277,12 @@ def walk(
         if tables is not None:
             function, source = plan.library.recall_look_up, tables
             work = num_rows * num_steps * LOOK_UP_WORK
-    arguments = plan.address, source.data_ptr(), ctypes.addressof(call)
+    arguments = plan.address, source.data_ptr(), call.buffer_info()[0]
     threads = min(torch.get_num_threads(), work // WORK_OF_A_THREAD)
     if threads <= 1:
         _check(function(*arguments))
     else:
-        _in_threads(function, arguments, call, threads, keep=(columns, start, noise, source))
+        _in_threads(function, arguments, call, threads, keep=(plan, columns, start, noise, source))
     if call[interface.BAD_STARTS]:
         raise BadStart
     if not call[interface.FINITE_ROWS]:

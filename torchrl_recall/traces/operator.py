@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torch
-from torch import Tensor
 
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.native import interface
 from torchrl_recall.traces.columns import Columns
-from torchrl_recall.traces.layout import layout_of, live_tensors, parse, unsupported
+from torchrl_recall.traces.layout import form_of, layout_of, live_tensors, unsupported
 from torchrl_recall.traces.native import Plan, not_for, walk
 from torchrl_recall.traces.noise import TraceNoise
+from torchrl_recall.traces.request import Request
 
 _SCHEMA = (
     "(Tensor start, Tensor seed, Tensor[] noise, Tensor[] tensors, str layout, SymInt num_traces, "
@@ -55,23 +55,8 @@ def _walk(start, seed, noise, tensors, layout, num_traces, num_steps, last_visit
 
 @_walk.register_fake
 def _fake(start, seed, noise, tensors, layout, num_traces, num_steps, last_visit, bfloat16):
-    form = parse(layout)
     rows = start.shape[0] * num_traces
-    state = start.new_empty(rows, num_steps, form["state_size"])
-    if form["action"]["kind"] == interface.CLASS:
-        action = start.new_empty(rows, num_steps, dtype=torch.int64)
-    else:
-        action = start.new_empty(rows, num_steps, form["action"]["size"], dtype=torch.float32)
-    log_prob = start.new_empty(rows, num_steps, dtype=torch.float32)
-    mask = start.new_empty(rows, num_steps, dtype=torch.bool)
-    return (
-        state,
-        torch.empty_like(state),
-        action,
-        log_prob,
-        torch.empty_like(log_prob),
-        mask,
-    )
+    return tuple(form_of(layout).empty(rows, num_steps, start.device))
 
 
 @torch.compiler.assume_constant_result
@@ -83,31 +68,21 @@ def why_not(model: BacktrackModel) -> str | None:
 _constant_layout = torch.compiler.assume_constant_result(layout_of)
 
 
-def walk_in_graph(
-    model: BacktrackModel,
-    start: Tensor,
-    num_traces: int,
-    num_steps: int,
-    *,
-    generator: torch.Generator | None,
-    noise: TraceNoise | None,
-    last_visit: bool,
-    bfloat16: bool,
-) -> Columns:
+def walk_in_graph(request: Request) -> Columns:
     """Walk back from states, as a node of the graph that is being traced; see `native.walk`."""
-    seed = torch.randint(0, 2**63 - 1, (), generator=generator)
+    seed = torch.randint(0, 2**63 - 1, (), generator=request.generator)
     # Traces carry no gradient, to nothing.
-    given = [] if noise is None else [part.detach() for part in noise if part is not None]
+    given = [] if request.noise is None else [x.detach() for x in request.noise if x is not None]
     return Columns(
         *_walk(
-            start.detach(),
+            request.start.detach(),
             seed,
             given,
-            [tensor.detach() for tensor in live_tensors(model)],
-            _constant_layout(model),
-            num_traces,
-            num_steps,
-            last_visit,
-            bfloat16,
+            [tensor.detach() for tensor in live_tensors(request.model)],
+            _constant_layout(request.model),
+            request.num_traces,
+            request.num_steps,
+            request.last_visit,
+            request.precision == "bfloat16",
         )
     )

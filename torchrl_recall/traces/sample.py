@@ -12,9 +12,10 @@ from torch import Tensor
 from torchrl_recall.checks import check_at_least_one, check_device
 from torchrl_recall.heads import CategoricalHead
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.traces.backends import PRECISIONS, Backend, Precision, Request, walk
+from torchrl_recall.traces.backends import Backend, walk
 from torchrl_recall.traces.columns import BadStart, Columns
 from torchrl_recall.traces.noise import TraceNoise
+from torchrl_recall.traces.request import PRECISIONS, Precision, Request
 
 
 def sample_traces(
@@ -97,9 +98,10 @@ def sample_traces(
         check_device("generator", generator.device, model.device)
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
-    rows = start if start.ndim == 2 else start.reshape(-1, start.shape[-1])
+    *batch, size = start.shape
+    rows = start if len(batch) == 1 else start.reshape(-1, size)
     repeats = 1 if num_traces is None else num_traces
-    added = [num_steps] if num_traces is None else [num_traces, num_steps]
+    added = (num_steps,) if num_traces is None else (num_traces, num_steps)
     if noise is not None:
         _check_noise(model, noise, num_steps, len(rows) * repeats)
     # States of a Gaussian walk come back by rounding only, so there is nothing to compare.
@@ -111,7 +113,7 @@ def sample_traces(
         # Looks again, to say what is wrong.
         codec.flatten(next_observation, "next_observation")
         raise
-    return _tensordict(model, columns, torch.Size([*start.shape[:-1], *added]))
+    return _tensordict(model, columns, torch.Size((*batch, *added)))
 
 
 def _check_noise(model: BacktrackModel, noise: TraceNoise, num_steps: int, rows: int) -> None:
@@ -140,26 +142,31 @@ def _tensordict(model: BacktrackModel, columns: Columns, shape: torch.Size) -> T
     """Return the columns under the model's keys, in batch ``shape``."""
     codec: Any = model._modules["observation"]
     action: Any = model._modules["action"]
-
-    def unflatten(value: Tensor) -> Tensor:
-        return value if len(shape) == 2 else value.reshape(*shape, *value.shape[2:])
-
+    if len(shape) != 2:
+        columns = Columns(*(column.reshape(*shape, *column.shape[2:]) for column in columns))
+    following: dict[Any, Any] = codec.restore(columns.next_state)
+    data: dict[Any, Any] = codec.restore(columns.state)
+    data[model.action_key] = action.restore(columns.action)
+    data["action_log_prob"] = columns.action_log_prob
+    data["delta_log_prob"] = columns.delta_log_prob
     device = columns.mask.device
-    following: dict[Any, Any] = codec.restore(unflatten(columns.next_state))
-    data: dict[Any, Any] = codec.restore(unflatten(columns.state))
-    data[model.action_key] = action.restore(unflatten(columns.action))
-    data["action_log_prob"] = unflatten(columns.action_log_prob)
-    data["delta_log_prob"] = unflatten(columns.delta_log_prob)
-    data["next"] = _nested(following, shape, device)
-    data["collector"] = _nested({"mask": unflatten(columns.mask)}, shape, device)
-    return _nested(data, shape, device)
+    nest = _nested if tuple in map(type, data) else _flat
+    data["next"] = nest(following, shape, device)
+    data["collector"] = _flat({"mask": columns.mask}, shape, device)
+    return nest(data, shape, device)
 
 
 def _nested(data: dict[Any, Any], shape: torch.Size, device: torch.device) -> TensorDict:
-    """Return a TensorDict of entries known to fit: unchecked, a fifth of a small walk's time."""
-    if tuple in map(type, data):
-        out = TensorDict({}, shape, device=device)
-        for key, value in data.items():
-            out.set(key, value)
-        return out
-    return TensorDict._new_unsafe(data, batch_size=shape, device=device)
+    """Return a TensorDict of keys some of which are tuples."""
+    out = TensorDict({}, shape, device=device)
+    for key, value in data.items():
+        out.set(key, value)
+    return out
+
+
+def _flat(data: dict[Any, Any], shape: torch.Size, device: torch.device) -> TensorDict:
+    """Return a TensorDict of entries known to fit: checks would take a fifth of a small walk."""
+    out = TensorDict._new_unsafe(data, batch_size=shape)
+    # The constructor takes as long again if the device is given to it.
+    out._device = device
+    return out

@@ -14,6 +14,7 @@ from torchrl_recall.traces.columns import BadStart, Columns, NoFirstStep
 from torchrl_recall.traces.masks import last_visit as last_visit_mask
 from torchrl_recall.traces.masks import since_start
 from torchrl_recall.traces.noise import TraceNoise, draw_noise
+from torchrl_recall.traces.request import Request
 from torchrl_recall.traces.walk import Walk
 
 # Rows whose activations stay in the cache through all steps; a GPU wants more at once.
@@ -21,28 +22,12 @@ TILE, CUDA_TILE = 512, 4096
 
 
 @torch.no_grad()
-def tiled_walk(
-    walk: Callable[[Tensor, TraceNoise], Walk],
-    model: BacktrackModel,
-    start: Tensor,
-    num_traces: int,
-    num_steps: int,
-    *,
-    generator: torch.Generator | None,
-    noise: TraceNoise | None,
-    last_visit: bool,
-) -> Columns:
+def tiled_walk(walk: Callable[[Tensor, TraceNoise], Walk], request: Request) -> Columns:
     """Walk back from states, tile by tile.
 
     Args:
         walk (Callable): from ``[n, size]`` states and their noise to a `Walk`.
-        model (BacktrackModel): the model.
-        start (Tensor): ``[S, size]`` flat states.
-        num_traces (int): traces from each.
-        num_steps (int): length ``T`` of the traces.
-        generator (torch.Generator, optional): source of randomness, on the model's device.
-        noise (TraceNoise, optional): the random numbers themselves.
-        last_visit (bool): mask steps whose state comes again.
+        request (Request): the model, where from, and how far.
 
     Returns:
         Columns: ``[S * num_traces, T]``.
@@ -51,6 +36,7 @@ def tiled_walk(
         BadStart: a start is not finite, or no state of the model (on the CPU; masked elsewhere).
         NoFirstStep: no first step back is finite (on the CPU; masked elsewhere).
     """
+    model, start, num_traces, num_steps, generator, noise, last_visit, _ = request
     good = model.observation.are_states(start)
     on_cpu = start.is_cpu and not torch.compiler.is_compiling()
     if on_cpu and not bool(good.all()):
