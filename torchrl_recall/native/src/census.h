@@ -20,7 +20,7 @@ enum { ABOVE, AT_HIGH, BETWEEN, AT_LOW };
         const vf x = v_load(v + i);                                                               \
         const vm inside = vm_and(v_lt(x, v_set(high)), v_lt(v_set(low), x));                      \
         v_store(to, _mm512_maskz_compress_ps(inside, x));                                         \
-        to += __builtin_popcount(inside);                                                         \
+        to += count_bits(vm_bits(inside));                                                         \
     }
 #endif
 #include "selection.h"
@@ -55,64 +55,67 @@ INLINE double magnitude(const recall_priorities *p, double value) {
     return value == -INFINITY ? 0.0 : fabs(value);
 }
 
-#define COUNT_VALUES(type)                                                                        \
-    do {                                                                                          \
-        const type *v = (const type *)p->values;                                                  \
-        const type min_value = (type)p->min_value;                                                \
-        for (int64_t from = 0; from < p->size; from += CHUNK) {                                    \
-            const int64_t to = from + CHUNK < p->size ? from + CHUNK : p->size;                     \
-            int32_t drawable = 0, valued = 0, enough = 0;                                         \
-            for (int64_t i = from; i < to; i++) {                                                 \
-                drawable += v[i] == v[i];                                                         \
-                valued += v[i] > -(type)INFINITY;                                                 \
-                enough += (v[i] > -(type)INFINITY) & (v[i] >= min_value);                         \
-            }                                                                                     \
-            p->num_drawable += drawable;                                                          \
-            p->num_valued += valued;                                                              \
-            p->num_enough += enough;                                                              \
-        }                                                                                         \
-    } while (0)
+/* Counts sixteen values at a time as floats, or as doubles one by one. */
+static void count_values(recall_priorities *p) {
+    const int64_t whole = p->is_double ? 0 : p->size / LANES * LANES;
+    const vf none = v_set(-INFINITY), enough = v_set((float)p->min_value);
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const vf v = v_load((const float *)p->values + i);
+        const vm valued = v_lt(none, v);
+        p->num_drawable += count_bits(vm_bits(v_eq(v, v)));
+        p->num_valued += count_bits(vm_bits(valued));
+        p->num_enough += count_bits(vm_bits(vm_and(valued, v_le(enough, v))));
+    }
+    for (int64_t i = whole; i < p->size; i++) {
+        const double v = value_at(p, i);
+        p->num_drawable += v == v;
+        p->num_valued += v > -INFINITY;
+        p->num_enough += (v > -INFINITY) & (v >= p->min_value);
+    }
+}
 
-/* `magnitude` without branches; -inf for what is not drawn. */
-#define MAGNITUDE(type, x)                                                                        \
-    (!((x) >= least) ? -(type)INFINITY : !by_size ? (x) : (x) > -(type)INFINITY ? ((x) < 0 ? -(x) : (x)) : 0)
+/* The magnitudes of a vector of values; -inf for those that are not drawn. */
+INLINE vf magnitudes(vf v, vf least, int by_size) {
+    const vf none = v_set(-INFINITY);
+    if (by_size) {
+        const vf size = v_select(v_eq(v, none), v_set(0.0f), v_abs(v));
+        return v_select(v_le(least, v), size, none);
+    }
+    return v_select(v_le(least, v), v, none);
+}
 
-#define FIND_LARGEST(type)                                                                        \
-    do {                                                                                          \
-        const type *v = (const type *)p->values;                                                  \
-        const type least = (type)least_value(p);                                                  \
-        const int by_size = p->mode == MODE_PER;                                                  \
-        const int64_t whole = p->size / FAN * FAN;                                                \
-        type lane[FAN], largest = -(type)INFINITY;                                                \
-        for (int j = 0; j < FAN; j++) lane[j] = largest;                                          \
-        for (int64_t i = 0; i < whole; i += FAN) {                                                \
-            for (int j = 0; j < FAN; j++) {                                                       \
-                const type x = MAGNITUDE(type, v[i + j]);                                         \
-                lane[j] = x > lane[j] ? x : lane[j];                                              \
-            }                                                                                     \
-        }                                                                                         \
-        for (int j = 0; j < FAN; j++) largest = lane[j] > largest ? lane[j] : largest;            \
-        for (int64_t i = whole; i < p->size; i++) {                                               \
-            const type x = MAGNITUDE(type, v[i]);                                                 \
-            largest = x > largest ? x : largest;                                                  \
-        }                                                                                         \
-        for (int64_t from = 0; from < p->size; from += CHUNK) {                                    \
-            const int64_t to = from + CHUNK < p->size ? from + CHUNK : p->size;                     \
-            int32_t count = 0;                                                                    \
-            for (int64_t i = from; i < to; i++) count += MAGNITUDE(type, v[i]) == largest;        \
-            p->num_largest += count;                                                              \
-        }                                                                                         \
-        p->largest = (double)largest;                                                             \
-    } while (0)
+static void find_largest(recall_priorities *p) {
+    const int64_t whole = p->is_double ? 0 : p->size / LANES * LANES;
+    const int by_size = p->mode == MODE_PER;
+    const double least = least_value(p);
+    const float *values = (const float *)p->values;
+    const vf lowest = v_set((float)least);
+    float lane[LANES];
+    vf most = v_set(-INFINITY);
+    for (int64_t i = 0; i < whole; i += LANES)
+        most = v_max(most, magnitudes(v_load(values + i), lowest, by_size));
+    v_store(lane, most);
+    double largest = -INFINITY;
+    for (int j = 0; j < LANES; j++) largest = lane[j] > largest ? lane[j] : largest;
+    for (int64_t i = whole; i < p->size; i++) {
+        const double v = value_at(p, i), size = v >= least ? magnitude(p, v) : -INFINITY;
+        largest = size > largest ? size : largest;
+    }
+    most = v_set((float)largest);
+    for (int64_t i = 0; i < whole; i += LANES)
+        p->num_largest +=
+            count_bits(vm_bits(v_eq(most, magnitudes(v_load(values + i), lowest, by_size))));
+    for (int64_t i = whole; i < p->size; i++) {
+        const double v = value_at(p, i);
+        p->num_largest += v >= least && magnitude(p, v) == largest;
+    }
+    p->largest = largest;
+}
 
 static void take_census(recall_priorities *p) {
     p->num_drawable = p->num_valued = p->num_enough = p->num_largest = 0;
-    if (p->is_double) COUNT_VALUES(double);
-    else COUNT_VALUES(float);
-    if (p->mode == MODE_SOFT || p->mode == MODE_PER) {
-        if (p->is_double) FIND_LARGEST(double);
-        else FIND_LARGEST(float);
-    }
+    count_values(p);
+    if (p->mode == MODE_SOFT || p->mode == MODE_PER) find_largest(p);
     p->census_is_valid = 1;
 }
 

@@ -23,27 +23,27 @@ INLINE void prefetch_value(const recall_priorities *p, int64_t i) {
 #endif
 }
 
-/* Calls a macro with the type of the values; `v` are those of entry `first` and on. */
-#define WITH_VALUES(p, first, MACRO)                                                              \
-    do {                                                                                          \
-        if ((p)->is_double) {                                                                     \
-            const double *v = (const double *)(p)->values + (first);                              \
-            MACRO(double)                                                                         \
-        } else {                                                                                  \
-            const float *v = (const float *)(p)->values + (first);                                \
-            MACRO(float)                                                                          \
-        }                                                                                         \
-    } while (0)
-
-/* Tells of n entries whether each lies above the threshold (upper half) or at it (lower half). */
-INLINE void entry_classes(const recall_priorities *p, const recall_form *f, int64_t first, int64_t n,
-                          uint32_t *class) {
-#define CLASSES(type)                                                                             \
-    const type least = (type)f->least, threshold = (type)f->threshold;                            \
-    for (int64_t j = 0; j < n; j++)                                                               \
-        class[j] = v[j] >= least ? v[j] > threshold ? 0x10000 : v[j] == threshold : 0;
-    WITH_VALUES(p, first, CLASSES);
-#undef CLASSES
+/* Which of sixteen entries lie above the threshold (upper half) and at it (lower half). */
+INLINE uint32_t entry_classes(const recall_priorities *p, const recall_form *f, int64_t first,
+                              int64_t n) {
+    uint32_t above = 0, tied = 0;
+    if (p->is_double) {
+        const double *v = (const double *)p->values + first;
+        for (int j = 0; j < FAN; j++) {
+            above |= (uint32_t)((v[j] >= f->least) & (v[j] > f->threshold)) << j;
+            tied |= (uint32_t)((v[j] >= f->least) & (v[j] == f->threshold)) << j;
+        }
+    } else {
+        const vf least = v_set((float)f->least), threshold = v_set((float)f->threshold);
+        for (int j = 0; j < FAN; j += LANES) {
+            const vf v = v_load((const float *)p->values + first + j);
+            const vm drawn = v_le(least, v);
+            above |= vm_bits(vm_and(drawn, v_lt(threshold, v))) << j;
+            tied |= vm_bits(vm_and(drawn, v_eq(threshold, v))) << j;
+        }
+    }
+    const uint32_t stored = n < FAN ? (1u << n) - 1 : 0xffff;
+    return (above & stored) << 16 | (tied & stored);
 }
 
 /* base^exponent of numbers at least 0; 0 where the base is. */

@@ -51,12 +51,10 @@ INLINE void add_leaves(const recall_priorities *p, const recall_form *f, const l
     const int64_t first = from * FAN;
     const int64_t n = l->num_leaves < to * FAN ? l->num_leaves - first : to * FAN - first;
     if (f->sums == SUMS_OF_COUNTS) {
-        uint32_t class[RUN], sum;
-        entry_classes(p, f, first, n, class);
-        for (int64_t j = n; j % FAN; j++) class[j] = 0;
         for (int64_t i = from; i < to; i++) {
-            SUM_OF_SIXTEEN(uint32_t, sum, class + (i - from) * FAN);
-            l->node[0].counts[i] = (uint64_t)(sum >> 16) << 32 | (sum & 0xffff);
+            const uint32_t classes = entry_classes(p, f, i * FAN, l->num_leaves - i * FAN);
+            l->node[0].counts[i] =
+                (uint64_t)count_bits(classes >> 16) << 32 | (uint64_t)count_bits(classes & 0xffff);
         }
         return;
     }
@@ -305,10 +303,12 @@ static void descend_counts(const recall_priorities *p, const recall_form *f, con
         }
     }
     for (int64_t i = 0; i < count; i++) {
-        const int64_t n = leaves_of(l, at[i]);
-        entry_classes(p, f, at[i] * FAN, n, x);
-        for (int64_t j = 0; j < FAN; j++) x[j] = j < n ? x[j] >> (shift[i] / 2) & 1 : 0;
-        at[i] = at[i] * FAN + choose_count(x, rest + i);
+        const int64_t first = at[i] * FAN;
+        uint32_t classes = entry_classes(p, f, first, l->num_leaves - first) >> (shift[i] / 2);
+        /* Takes the lowest away until the wanted one is the lowest. */
+        for (classes &= 0xffff; rest[i]; rest[i]--) classes &= classes - 1;
+        at[i] = first;
+        for (; !(classes & 1); classes >>= 1) at[i]++;
     }
 }
 

@@ -55,6 +55,7 @@ INLINE vm v_eq(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 INLINE vm vm_and(vm a, vm b) { return (vm)(a & b); }
 INLINE vf v_select(vm m, vf yes, vf no) { return _mm512_mask_blend_ps(m, no, yes); }
 INLINE int vm_all(vm m) { return m == 0xffff; }
+INLINE uint32_t vm_bits(vm m) { return m; }
 INLINE vi v_round(vf a) { return _mm512_cvtps_epi32(a); }
 INLINE vi v_bits(vf a) { return _mm512_castps_si512(a); }
 INLINE vf vi_float(vi a) { return _mm512_castsi512_ps(a); }
@@ -100,6 +101,7 @@ INLINE vm v_eq(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 INLINE vm vm_and(vm a, vm b) { return _mm256_and_ps(a, b); }
 INLINE vf v_select(vm m, vf yes, vf no) { return _mm256_blendv_ps(no, yes, m); }
 INLINE int vm_all(vm m) { return _mm256_movemask_ps(m) == 0xff; }
+INLINE uint32_t vm_bits(vm m) { return (uint32_t)_mm256_movemask_ps(m); }
 INLINE vi v_round(vf a) { return _mm256_cvtps_epi32(a); }
 INLINE vi v_bits(vf a) { return _mm256_castps_si256(a); }
 INLINE vf vi_float(vi a) { return _mm256_castsi256_ps(a); }
@@ -150,6 +152,9 @@ INLINE vf v_select(vm m, vf yes, vf no) { return (vf)((m & (vm)yes) | (~m & (vm)
 INLINE vf v_min(vf a, vf b) { return v_select(a < b, a, b); }
 INLINE vf v_max(vf a, vf b) { return v_select(a > b, a, b); }
 INLINE int vm_all(vm m) { return (m[0] & m[1] & m[2] & m[3]) != 0; }
+INLINE uint32_t vm_bits(vm m) {
+    return (uint32_t)((m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8));
+}
 INLINE vi v_bits(vf a) { return (vi)a; }
 INLINE vf vi_float(vi a) { return (vf)a; }
 INLINE vi vi_load(const void *p) { vi r; memcpy(&r, p, sizeof r); return r; }
@@ -220,6 +225,11 @@ INLINE int vm_all(vm m) {
     for (int i = 0; i < LANES; i++) r &= m.x[i];
     return (int)r;
 }
+INLINE uint32_t vm_bits(vm m) {
+    uint32_t r = 0;
+    for (int i = 0; i < LANES; i++) r |= m.x[i] << i;
+    return r;
+}
 /* To the nearest, by the spacing of floats at 1.5 * 2^23; only small numbers come here, or NaN. */
 INLINE int32_t to_int(float x) {
     return x > -4194304.0f && x < 4194304.0f ? (int32_t)((x + 12582912.0f) - 12582912.0f) : INT32_MIN;
@@ -240,6 +250,16 @@ INLINE vi vi_shift_left(vi a, int n) { EACH(vi, a.x[i] << n); }
 INLINE vi vi_shift_right(vi a, int n) { EACH(vi, a.x[i] >> n); }
 
 #endif
+
+INLINE int count_bits(uint32_t bits) {
+#if defined(__GNUC__)
+    return __builtin_popcount(bits);
+#else
+    bits -= bits >> 1 & 0x55555555u;
+    bits = (bits & 0x33333333u) + (bits >> 2 & 0x33333333u);
+    return (int)((bits + (bits >> 4) & 0x0f0f0f0fu) * 0x01010101u >> 24);
+#endif
+}
 
 INLINE vf v_neg(vf a) { return vi_float(vi_xor(v_bits(a), vi_set(0x80000000u))); }
 INLINE vf v_abs(vf a) { return vi_float(vi_and(v_bits(a), vi_set(0x7fffffffu))); }
