@@ -20,7 +20,6 @@ from torchrl_recall.stored_rows import LocalRows, RemoteRows, Ring, rows_of
 from torchrl_recall.values import (
     DEFAULT_CHUNK,
     bootstrapped_value,
-    entry,
     next_state_value,
     one_each,
 )
@@ -210,7 +209,7 @@ class ValueRefresh:
         fresh = max(ages.aligned(seen), ring.oldest) if seen < newest else newest
         by_id = self.trajectory_key is not None and rows.one_dimensional
         returns = self._new_returns(by_id)
-        done = self._refresh_range(rows, ring, fresh, newest, width, returns)
+        complete = self._refresh_range(rows, ring, fresh, newest, width, returns)
         position = self._position
         if position <= ring.oldest:  # the last pass is over
             position = fresh
@@ -222,8 +221,7 @@ class ValueRefresh:
             if isinstance(size, float):
                 size = math.ceil(size * ring.stored * width)
             low = max(low, ages.aligned(max(low, position - -(-size // width))))
-        done = done and self._refresh_range(rows, ring, low, position, width, returns)
-        if not done:
+        if not (complete and self._refresh_range(rows, ring, low, position, width, returns)):
             return
         # Last, so that a network that raises leaves everything due.
         ages.mark(fresh, newest, call)
@@ -239,13 +237,13 @@ class ValueRefresh:
         width: int,
         returns: ReturnsToGo,
     ) -> bool:
-        """Refresh rows ``low`` to ``high``, latest first; False: they are gone, emptied meanwhile."""
+        """Refresh rows ``low`` to ``high``, latest first; False if the buffer was emptied meanwhile."""
         most = max(1, self.chunk_size // width)
         end = high
         while end > low:
             start = max(low, end - most)
             # A chunk ends where the ring begins again.
-            start += max(0, min(ring.capacity - ring.place(start), end - start)) % (end - start)
+            start += min(ring.capacity - ring.place(start), end - start) % (end - start)
             place = ring.place(start)
             with rows.lock():
                 now = rows.ring()

@@ -21,7 +21,12 @@ from torch.nn.functional import pad
 from torchrl.data import PrioritizedSampler
 
 from torchrl_recall.checks import check_at_least_one
-from torchrl_recall.priorities.arguments import REDUCTIONS, flat_index, paired_values, selected_values
+from torchrl_recall.priorities.arguments import (
+    REDUCTIONS,
+    flat_index,
+    paired_values,
+    selected_values,
+)
 from torchrl_recall.priorities.weights import DrawTable, checked_parameter, value_weights
 
 # "No value yet"; exact in float32, through which TorchRL passes `default_priority`.

@@ -121,7 +121,9 @@ class LocalRows:
         index = torch.arange(start * width, start * width + entries, device=values.device)
         if values.numel() != entries:
             # Entries that are trajectories: the sampler says how their steps become one value.
-            index, values = paired_values(values.reshape(entries, -1), index, self.sampler.reduction)
+            index, values = paired_values(
+                values.reshape(entries, -1), index, self.sampler.reduction
+            )
         self.sampler.refresh(values.reshape(-1), index)
 
 
@@ -159,7 +161,7 @@ class RemoteRows:
         stats = getattr(self.buffer, "stats", None)
         capacity = stats().get("capacity") if callable(stats) else None
         if written is None or capacity is None:
-            return Ring(stored, stored, 0, max(stored, 1))
+            return Ring(stored, stored, stored, 2**62)
         return Ring(stored, int(written), int(written) % capacity, capacity)
 
     def read(self, start: int, end: int) -> TensorDictBase:

@@ -43,7 +43,10 @@ class BlockAges:
         return row - (row - self.first) % self.block_rows
 
     def mark(self, low: int, high: int, call: int) -> None:
-        """Note that rows ``low`` (where a block begins, or the oldest) to ``high`` are refreshed."""
+        """Note that rows from ``low`` to before ``high`` are refreshed.
+
+        ``low`` begins a block or is the oldest row, ``high`` ends a block or is the newest one.
+        """
         if high <= low:
             return
         begin, end = self._blocks(low, high)
