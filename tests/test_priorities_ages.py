@@ -19,9 +19,9 @@ def test_ages_against_one_number_per_row():
         low = max(oldest, ages.aligned(max(oldest, written - new)))
         row = int(torch.randint(oldest, written + 1, (), generator=generator))
         older, end = max(oldest, ages.aligned(row)), min(written, ages.aligned(row) + 2 * block)
-        for begin, end in [(low, written), (older, end)]:
-            ages.mark(begin, end, call)
-            exact |= dict.fromkeys(range(begin, end), call)
+        for begin, stop in [(low, written), (older, end)]:
+            ages.mark(begin, stop, call)
+            exact |= dict.fromkeys(range(begin, stop), call)
         later = written + int(torch.randint(0, 20, (), generator=generator))
         first = max(0, later - capacity)
         expected = [call - exact[row] if row in exact else -1 for row in range(first, later)]

@@ -53,7 +53,9 @@ def test_groups(ids, oldest, dtype):
     groups = TrajectoryGroups.of(torch.tensor(ids, dtype=dtype).reshape(-1, 1), oldest)
     expected = by_hand(ids, oldest)
     assert groups.ids.tolist() == list(expected)
-    got = [groups.entry[s : s + n].tolist() for s, n in zip(groups.start, groups.length)]
+    got = [
+        groups.entry[s : s + n].tolist() for s, n in zip(groups.start, groups.length, strict=True)
+    ]
     assert got == list(expected.values())
 
 
@@ -125,7 +127,7 @@ def test_the_largest_uniform_number_draws_the_last_step(length):
 
 
 def test_wrong_arguments():
-    with pytest.raises(TypeError, match="ids must be integers, got torch.float32"):
+    with pytest.raises(TypeError, match=r"ids must be integers, got torch\.float32"):
         TrajectoryGroups.of(torch.zeros(3))
     with pytest.raises(ValueError, match=r"shape \[n\] or \[n, 1\], got \(2, 2\)"):
         TrajectoryGroups.of(torch.zeros(2, 2, dtype=torch.int64))
@@ -133,7 +135,7 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="oldest must be one of 2 entries, got 2"):
         TrajectoryGroups.of(ids, 2)
     groups = TrajectoryGroups.of(ids)
-    with pytest.raises(ValueError, match="reduction must be one of .* got 'last'"):
+    with pytest.raises(ValueError, match=r"reduction must be one of .* got 'last'"):
         groups.values(torch.zeros(2), "last")
     with pytest.raises(ValueError, match=r"values must have one entry for each of 2, got \(3,\)"):
         groups.values(torch.zeros(3), "max")

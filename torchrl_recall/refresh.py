@@ -203,7 +203,7 @@ class ValueRefresh:
     def _refresh(
         self, rows: LocalRows | RemoteRows, ring: Ring, width: int, ages: BlockAges, call: int
     ) -> None:
-        # What came in since the last call, from where its block begins, so that a block has one age.
+        # What came in since the last call, from where its block begins: a block has one age.
         newest = ring.written
         seen = newest if self._ring is None else self._ring.written
         fresh = max(ages.aligned(seen), ring.oldest) if seen < newest else newest
@@ -237,7 +237,7 @@ class ValueRefresh:
         width: int,
         returns: ReturnsToGo,
     ) -> bool:
-        """Refresh rows ``low`` to ``high``, latest first; False if the buffer was emptied meanwhile."""
+        """Refresh rows ``low`` to ``high``, latest first; False: the buffer was emptied."""
         most = max(1, self.chunk_size // width)
         end = high
         while end > low:
@@ -346,7 +346,7 @@ class ValueRefresh:
         return self._ring is not None and ring.follows(self._ring)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place of the pass and the ages, as tensors and ints; values are the sampler's."""
+        """Return the place of the pass and the ages; the values are in the sampler's state."""
         return {
             "_schema_version": _VERSION,
             "calls": self.calls,

@@ -60,7 +60,7 @@ class LocalRows:
 
     def __init__(self, buffer: Any, sampler: Any) -> None:
         self.buffer = buffer if isinstance(buffer, ReplayBuffer) else None
-        self.storage: Storage = buffer if self.buffer is None else buffer.storage
+        self.storage: Any = buffer if self.buffer is None else buffer.storage
         if sampler is None and self.buffer is not None:
             sampler = self.buffer.sampler
         if not hasattr(sampler, "refresh"):
@@ -68,7 +68,7 @@ class LocalRows:
                 "sampler must be a ValuePrioritizedSampler, the buffer's or given as sampler=, got "
                 f"{type(sampler).__name__}"
             )
-        self.sampler = sampler
+        self.sampler: Any = sampler
         self.writer = None if self.buffer is None else self.buffer.writer
         # A ring, or rows that never change; another writer puts rows anywhere.
         self.in_time_order = isinstance(self.writer, RoundRobinWriter | ImmutableDatasetWriter)
@@ -158,7 +158,7 @@ class RemoteRows:
         """Ask where the writer stands."""
         stored = len(self.buffer)
         written = getattr(self.buffer, "write_count", None)
-        stats = getattr(self.buffer, "stats", None)
+        stats: Any = getattr(self.buffer, "stats", None)
         capacity = stats().get("capacity") if callable(stats) else None
         if written is None or capacity is None:
             return Ring(stored, stored, stored, 2**62)

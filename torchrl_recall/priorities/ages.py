@@ -86,7 +86,7 @@ class BlockAges:
 
     def of_rows(self, oldest: int, newest: int, call: int) -> Tensor:
         """Return the age of each row from ``oldest`` to before ``newest``, int32; -1: none."""
-        start, stamp, until = self._live(oldest, newest)
+        _, stamp, until = self._live(oldest, newest)
         row = torch.arange(oldest, newest)
         block = (row - self.first) // self.block_rows - (oldest - self.first) // self.block_rows
         age = (call - stamp)[block].masked_fill_(row >= until[block], -1)

@@ -94,6 +94,7 @@ class ReturnsToGo:
         Returns:
             ``[T, B]``.
         """
+        self._move_to(reward.device)
         position = torch.arange(reward.numel(), device=reward.device).reshape(reward.shape)
         if self.by_id:
             assert ids is not None
@@ -129,7 +130,8 @@ class ReturnsToGo:
         if self.returns is None:
             return known, reward.new_zeros(0)
         if self.by_id:
-            assert ids is not None and self.ids is not None
+            assert ids is not None
+            assert self.ids is not None
             at = torch.searchsorted(self.ids, ids[unfinished]).clamp_(max=len(self.ids) - 1)
             hit = self.ids[at] == ids[unfinished]
             known[unfinished] = hit
@@ -162,3 +164,9 @@ class ReturnsToGo:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.returns, self.ids = state_dict["returns"], state_dict["ids"]
+
+    def _move_to(self, device: torch.device) -> None:
+        """Follow the data, after a state was loaded on another device."""
+        if self.returns is not None:
+            self.returns = self.returns.to(device)
+            self.ids = None if self.ids is None else self.ids.to(device)

@@ -1,4 +1,4 @@
-"""Whole trajectories among stored entries: which there are, their values, and a step of a drawn one.
+"""Whole trajectories among stored entries: which there are, their values, a step of a drawn one.
 
 `ValuePrioritizedSampler` draws a trajectory by its value as `weights.py` says, then a step of it.
 """
@@ -98,8 +98,8 @@ class TrajectoryGroups(NamedTuple):
     def values(self, values: Tensor, reduction: str) -> Tensor:
         """Reduce the values of entries to one for each trajectory.
 
-        All but ``"first"`` go over the steps that have a number. If a trajectory has none, it has no
-        value yet (``-inf``) if at least one of its steps has not, else it is never drawn (NaN).
+        All but ``"first"`` go over the steps that have a number. A trajectory without any has no
+        value yet (``-inf``) if one of its steps has no value yet, else it is never drawn (NaN).
         ``"first"`` takes the value of the oldest stored step as it is: with returns-to-go, the
         return of what is stored of the trajectory.
 
