@@ -158,8 +158,8 @@ class RemoteRows:
         """Ask where the writer stands."""
         stored = len(self.buffer)
         written = getattr(self.buffer, "write_count", None)
-        stats: Any = getattr(self.buffer, "stats", None)
-        capacity = stats().get("capacity") if callable(stats) else None
+        stats = getattr(self.buffer, "stats", dict)()
+        capacity = stats.get("capacity")
         if written is None or capacity is None:
             return Ring(stored, stored, stored, 2**62)
         return Ring(stored, int(written), int(written) % capacity, capacity)
