@@ -9,11 +9,14 @@ import torch
 from refresh_data import GAMMA, IDS, Critic, recall_buffer, returns_by_loop, transitions, values
 from tensordict.nn import TensorDictModule
 from torchrl.data import (
+    ImmutableDatasetWriter,
     LazyTensorStorage,
     RandomSampler,
     ReplayBuffer,
     TensorDictMaxValueWriter,
     TensorDictReplayBuffer,
+    TensorDictRoundRobinWriter,
+    TensorStorage,
 )
 
 from torchrl_recall import ValuePrioritizedSampler, ValueRefresh, transition_value
@@ -102,6 +105,56 @@ def test_two_views_on_one_storage():
     learner.extend(transitions(20, seed=1))
     assert refresh.age.tolist() == [-1] * 10 + [0] * 10 + [-1] * 10
     assert refresh()["refresh/share"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"shared": True},
+        {"writer": TensorDictRoundRobinWriter(compilable=True), "compilable": True},
+        {"delayed_init": True},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_other_kinds_of_local_buffers(arguments):
+    sampler = ValuePrioritizedSampler(30)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(30), sampler=sampler, **arguments)
+    refresh = ValueRefresh(buffer, Critic(), gamma=GAMMA, target="return", trajectory_key=None)
+    data = transitions(44)
+    buffer.extend(data.clone())
+    assert refresh()["refresh/share"] == 1.0
+    torch.testing.assert_close(
+        values(buffer), returns_by_loop(data[-30:]).roll(14), rtol=1e-5, atol=1e-5
+    )
+    buffer.extend(data[:10].clone())
+    assert refresh.share_refreshed == pytest.approx(2 / 3)
+
+
+def test_an_immutable_dataset_is_in_order():
+    data = transitions(20)
+    buffer = recall_buffer(
+        20, storage=lambda _: TensorStorage(data), writer=ImmutableDatasetWriter()
+    )
+    ValueRefresh(
+        buffer, Critic(), gamma=GAMMA, target="return", trajectory_key=None, chunk_size=7
+    )()
+    torch.testing.assert_close(values(buffer), returns_by_loop(data), rtol=1e-5, atol=1e-5)
+
+
+def test_three_dimensions():
+    buffer = recall_buffer(48, ndim=3, dtype=torch.float64)
+    data = transitions(2, 3, 8, dtype=torch.float64)
+    buffer.extend(data.clone())
+    refresh = ValueRefresh(
+        buffer, Critic(), gamma=GAMMA, target="return", trajectory_key=None, chunk_size=13
+    )
+    refresh()
+    # TorchRL swaps the first dimension and the last.
+    expected = torch.zeros(8, 3, 2, dtype=torch.float64)
+    for one in range(2):
+        for other in range(3):
+            expected[:, other, one] = returns_by_loop(data[one, other])
+    torch.testing.assert_close(values(buffer), expected.flatten())
 
 
 def test_a_storage_and_a_sampler():

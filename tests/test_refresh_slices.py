@@ -6,7 +6,16 @@ import math
 
 import pytest
 import torch
-from refresh_data import GAMMA, Critic, recall_buffer, returns_by_loop, sliced, transitions, values
+from refresh_data import (
+    GAMMA,
+    IDS,
+    Critic,
+    recall_buffer,
+    returns_by_loop,
+    sliced,
+    transitions,
+    values,
+)
 from tensordict.nn import TensorDictModule
 from torchrl.data import ListStorage, TensorDictReplayBuffer
 
@@ -96,6 +105,33 @@ def test_ages_and_values_while_the_ring_goes_round(target, slice_size):
         # The last rows came 7 calls ago, and each pass follows the ones before them too.
         expected = returns_by_loop(everything[written - 1000 : written])
         torch.testing.assert_close(values(buffer), expected.roll(written % 1000))
+
+
+def test_returns_of_interleaved_trajectories_across_slices():
+    buffer = recall_buffer(1500, dtype=torch.float64)
+    data = transitions(2000, dtype=torch.float64, ends=0.02)
+    data[IDS] = torch.randint(9, (2000,), generator=torch.Generator().manual_seed(0))
+    buffer.extend(data.clone())
+    refresh = ValueRefresh(
+        buffer, Critic(), gamma=GAMMA, target="return", slice_size=256, chunk_size=100
+    )
+    calls = 0
+    while refresh()["refresh/share"] < 1:
+        calls += 1
+    assert calls == 4
+    expected = returns_by_loop(data[-1500:]).roll(500)
+    torch.testing.assert_close(values(buffer), expected)
+
+
+def test_what_follows_a_slice_is_as_old_as_the_slice_before():
+    buffer, _, refresh = sliced(n=512, target="return", trajectory_key=None)
+    buffer.storage[:]["next", "done"].fill_(False)
+    buffer.storage[:]["next", "terminated"].fill_(False)
+    refresh()
+    refresh.value_network = Critic(3.0)
+    refresh()
+    # The one trajectory is still bootstrapped from its last stored step, of the first call.
+    torch.testing.assert_close(values(buffer), returns_by_loop(buffer.storage[:]))
 
 
 @pytest.mark.parametrize("target", ["bootstrap", "return"])

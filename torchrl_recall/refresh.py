@@ -53,8 +53,8 @@ class ValueRefresh:
     the number of written rows, so that overwritten rows count as not refreshed. This is exact for
     round-robin writers, unless the buffer is emptied and refilled beyond its earlier write count
     between two calls (call `reset` then), or entries are set in place. Of other writers, and of a
-    bare storage, overwriting is not seen, and they must not write during a call. TorchRL's locks are
-    per buffer: on a storage with two views, refresh in the thread that writes.
+    bare storage, overwriting is not seen, and they must not write during a call. TorchRL's locks
+    are per buffer: on a storage with two views, refresh in the thread that writes.
 
     A remote buffer (`RayReplayBuffer`, or anything with ``len``, ``buffer[start:end]`` and
     ``update_priority(index, priority)``) is read and valued through these, which run its
