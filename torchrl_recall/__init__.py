@@ -2,6 +2,7 @@
 
 from torchrl_recall.loss import BacktrackLoss, RecallTraceLoss
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.refresh import ValueRefresh
 from torchrl_recall.sampler import ValuePrioritizedSampler
 from torchrl_recall.traces import sample_traces
 from torchrl_recall.transform import BacktrackTransform
@@ -13,6 +14,7 @@ __all__ = [
     "BacktrackTransform",
     "RecallTraceLoss",
     "ValuePrioritizedSampler",
+    "ValueRefresh",
     "sample_traces",
     "transition_value",
 ]

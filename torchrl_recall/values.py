@@ -16,7 +16,7 @@ from torchrl.data import ReplayBuffer, Storage
 from torchrl_recall.checks import check_at_least_one, check_real
 
 # Bounds the activations of the value network, whatever the size of the storage.
-_DEFAULT_CHUNK = 65_536
+DEFAULT_CHUNK = 65_536
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def transition_value(
     """
     gamma = check_real("gamma", gamma, 0.0, 1.0)
     if chunk_size is None:
-        chunk_size = _DEFAULT_CHUNK
+        chunk_size = DEFAULT_CHUNK
     chunk_size = check_at_least_one("chunk_size", chunk_size)
     source: Any = data.storage if isinstance(data, ReplayBuffer) else data
     if isinstance(source, Storage):
@@ -87,34 +87,60 @@ def transition_value(
     if not batch_size:
         source = source.unsqueeze(0)
 
-    parameter = next(value_network.parameters(), None)
     rows = max(1, chunk_size // max(1, source.shape[1:].numel()))
-    results = []
-    for start in range(0, len(source), rows):
-        chunk: Any = source[start : start + rows]
-        reward = _one_each(chunk, reward_key)
-        terminated = _one_each(chunk, terminated_key).bool()
-        # A TensorDict of its own: the network writes its output there, not into the storage.
-        states = TensorDict({}, chunk.batch_size)
-        for key in value_network.in_keys:
-            state = _entry(chunk, unravel_key(("next", key)))
-            states.set(key, state if parameter is None else state.to(parameter.device))
-        value = _one_each(value_network(states), value_key).to(reward.device)
-        # Not a product with (1 - terminated): the value of a terminal state may be NaN.
-        results.append(reward + gamma * value.masked_fill(terminated, 0.0))
+    keys = (reward_key, terminated_key, value_key)
+    results = [
+        bootstrapped_value(source[start : start + rows], value_network, gamma, *keys)
+        for start in range(0, len(source), rows)
+    ]
     return torch.cat(results).reshape(batch_size) if results else torch.zeros(batch_size)
 
 
-def _entry(data: TensorDictBase, key: NestedKey) -> Tensor:
+def bootstrapped_value(
+    data: Any,
+    value_network: TensorDictModuleBase,
+    gamma: float,
+    reward_key: NestedKey,
+    terminated_key: NestedKey,
+    value_key: NestedKey,
+) -> Tensor:
+    """Compute `transition_value` of a TensorDict ``[*B]`` at once."""
+    reward = one_each(data, reward_key)
+    terminated = one_each(data, terminated_key).bool()
+    value = next_state_value(data, value_network, value_key).to(reward.device)
+    # Not a product with (1 - terminated): the value of a terminal state may be NaN.
+    return reward + gamma * value.masked_fill(terminated, 0.0)
+
+
+def next_state_value(
+    data: TensorDictBase,
+    value_network: TensorDictModuleBase,
+    value_key: NestedKey,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Run the network on the next states ``[*B]``, or on ``rows`` ``[n]`` of them, flattened."""
+    parameter = next(value_network.parameters(), None)
+    # A TensorDict of its own: the network writes its output there, not into the storage.
+    states = TensorDict({}, data.batch_size if rows is None else rows.shape)
+    for key in value_network.in_keys:
+        state = entry(data, unravel_key(("next", key)))
+        if rows is not None:
+            state = state.flatten(0, data.ndim - 1)[rows]
+        states.set(key, state if parameter is None else state.to(parameter.device))
+    return one_each(value_network(states), value_key)
+
+
+def entry(data: TensorDictBase, key: NestedKey) -> Tensor:
+    """Read an entry, or say which ones there are."""
     value: Any = data.get(key, None)
     if value is None:
         raise KeyError(f"no entry {key!r} among {sorted(map(str, data.keys(True, True)))}")
     return value
 
 
-def _one_each(data: TensorDictBase, key: NestedKey) -> Tensor:
+def one_each(data: TensorDictBase, key: NestedKey) -> Tensor:
     """Read an entry as ``[*B]``."""
-    value = _entry(data, key)
+    value = entry(data, key)
     if value.numel() != data.shape.numel():
         batch = tuple(data.batch_size)
         raise ValueError(
