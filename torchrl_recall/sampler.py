@@ -1,47 +1,52 @@
 """The replay-buffer sampler that picks transitions of high value, where traces shall start.
 
 First station of the data's way: replay buffer -> `ValuePrioritizedSampler` -> BacktrackTransform.
-How values become probabilities is in `priorities/`, how TorchRL's arguments become values in
-`priorities/arguments.py`; `values.py` computes values from a value network.
+How values become probabilities and draws is in `priorities/`, which also reads TorchRL's arguments;
+`values.py` and `refresh.py` compute values from a value network.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import threading
 import warnings
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import MemoryMappedTensor
+from tensordict import MemoryMappedTensor, NestedKey
 from torch import Tensor
-from torch.nn.functional import pad
 from torchrl.data import PrioritizedSampler
 
 from torchrl_recall.checks import check_at_least_one
+from torchrl_recall.native import interface
 from torchrl_recall.priorities.arguments import (
     REDUCTIONS,
     flat_index,
+    is_plain,
     paired_values,
     selected_values,
+    stored_entry,
 )
-from torchrl_recall.priorities.weights import DrawTable, checked_parameter, value_weights
+from torchrl_recall.priorities.levels import TorchPriorities
+from torchrl_recall.priorities.native import NativePriorities
+from torchrl_recall.priorities.trajectory_draws import TrajectoryDraws
+from torchrl_recall.priorities.weights import Parameters, checked_parameter
 
 # "No value yet"; exact in float32, through which TorchRL passes `default_priority`.
 _NO_VALUE = torch.finfo(torch.float32).min
 _DTYPES = {"torch.float32": torch.float32, "torch.float64": torch.float64}
-_VERSION = 1
+_VERSION = 2
 
 
 def _parameter(name: str, doc: str) -> Any:
     def fget(self: ValuePrioritizedSampler) -> Any:
-        return self._parameters[name]
+        return getattr(self._parameters, name)
 
     def fset(self: ValuePrioritizedSampler, value: Any) -> None:
-        self._parameters[name] = checked_parameter(name, value)
-        self._changes += 1
+        self._parameters = self._parameters._replace(**{name: checked_parameter(name, value)})
 
     return property(fget, fset, doc=doc)
 
@@ -71,8 +76,10 @@ class ValuePrioritizedSampler(PrioritizedSampler):
 
     It is a `PrioritizedSampler` for TorchRL's priority paths, such as
     ``TensorDictReplayBuffer(priority_key=...)``, but needs neither sum trees nor TorchRL's
-    extension. The first draw after a change takes one pass over all values (O(n), ``"rank"``
-    O(n log n)); further ones take a binary search.
+    extension. Draws take O(batch), and so do small updates, unless they move what all weights
+    refer to: the threshold of ``"top"``, the largest value of ``"soft"`` and ``"per"``. That, a
+    change of parameters and `refresh` take O(n), at about the speed of memory; ``"rank"`` sorts.
+    All methods may be called from several threads.
 
     Args:
         max_capacity: number of entries, that of the storage. With a larger storage, it grows.
@@ -86,12 +93,18 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         min_value: least value to draw, or None.
         eps: positive, for ``"per"``.
         dtype: of the stored values, ``torch.float32`` or ``torch.float64``.
-        reduction: ``"max"``, ``"min"``, ``"mean"`` or ``"median"``, the value of a stored
-            trajectory from those of its steps.
+        reduction: ``"max"``, ``"min"``, ``"mean"``, ``"median"`` or ``"first"``: the value of a
+            trajectory from those of its steps, where trajectories are stored as entries, or with
+            ``trajectory_key``.
+        uniform_share: share of draws, in [0, 1], that are uniform over all that may be drawn.
+        trajectory_key: where the storage holds the trajectory of each step, an integer, such as
+            ``("collector", "traj_ids")``. The mode then draws a trajectory, by the value that
+            ``reduction`` gives it (with returns-to-go and ``"first"``: its return), and a step of
+            it evenly. None draws steps.
         device: where the values live. None: a CUDA storage's device, else the CPU.
 
-    ``mode``, ``top``, ``temperature``, ``min_value``, ``alpha``, ``beta`` and ``eps`` can be set at
-    any time, also by TorchRL's parameter schedulers.
+    ``mode``, ``top``, ``temperature``, ``min_value``, ``alpha``, ``beta``, ``eps`` and
+    ``uniform_share`` can be set at any time, also by TorchRL's parameter schedulers.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -118,8 +131,8 @@ class ValuePrioritizedSampler(PrioritizedSampler):
     temperature = _parameter("temperature", 'Temperature of the mode "soft".')
     min_value = _parameter("min_value", "Least value to draw, or None.")
     alpha = _parameter("alpha", 'Exponent of "rank" and "per".')  # pyright: ignore
-    beta = _parameter("beta", "Exponent of the importance weights.")  # pyright: ignore
     eps = _parameter("eps", 'Added to the absolute value in the mode "per".')
+    uniform_share = _parameter("uniform_share", "Share of draws that are uniform.")
 
     def __init__(
         self,
@@ -134,6 +147,8 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         eps: float = 1e-8,
         dtype: torch.dtype = torch.float32,
         reduction: str = "max",
+        uniform_share: float = 0.0,
+        trajectory_key: NestedKey | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         # PrioritizedSampler.__init__ would build the trees of TorchRL's extension.
@@ -142,31 +157,45 @@ class ValuePrioritizedSampler(PrioritizedSampler):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-        given = {"mode": mode, "top": top, "temperature": temperature, "min_value": min_value}
-        given |= {"alpha": alpha, "beta": beta, "eps": eps}
-        self._parameters = {name: checked_parameter(name, value) for name, value in given.items()}
+        given = Parameters(mode, top, temperature, min_value, alpha, eps, uniform_share)
+        self._parameters = _checked(given._asdict())
+        self.beta = beta
         self._max_capacity = check_at_least_one("max_capacity", max_capacity)
         self.dtype = dtype
         self.reduction = reduction
+        self.trajectory_key = trajectory_key
         self._device = None if device is None else torch.device(device)
         self._warned = False
-        self._changes = 0
-        self._cache: tuple[int, DrawTable] | None = None
+        self._lock = threading.RLock()
         self._init()
 
     def _init(self) -> None:
-        device = self._values.device if hasattr(self, "_values") else self._device
-        self._values = torch.full((self._max_capacity,), _NO_VALUE, dtype=self.dtype, device=device)
-        self._changes += 1
+        device = self._priorities.values.device if hasattr(self, "_priorities") else self._device
+        self._priorities = _backend(device)(self._max_capacity, self.dtype, device)
+        self._oldest = 0
+        self._changed()
+
+    def _changed(self) -> None:
+        self._trajectories: TrajectoryDraws | None = None
 
     def __repr__(self) -> str:
-        parameters = ", ".join(f"{name}={value!r}" for name, value in self._parameters.items())
+        given = {**self._parameters._asdict(), "beta": self.beta}
+        parameters = ", ".join(f"{name}={value!r}" for name, value in given.items())
         return f"{type(self).__name__}(max_capacity={self._max_capacity}, {parameters})"
+
+    @property
+    def beta(self) -> float:  # pyright: ignore
+        """Exponent of the importance weights."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self._beta = checked_parameter("beta", value)
 
     @property
     def device(self) -> torch.device:
         """Where the values live."""
-        return self._values.device
+        return self._priorities.values.device
 
     @property
     def default_priority(self) -> float:
@@ -176,7 +205,20 @@ class ValuePrioritizedSampler(PrioritizedSampler):
     @property
     def values(self) -> Tensor:
         """A copy of the values, ``[max_size]``; ``-inf``: no value yet, NaN: never drawn."""
-        return _as_minus_infinity(self._values)
+        with self._lock:
+            return self._priorities.values.clone()
+
+    def weights(self, size: int) -> Tensor:
+        """Return the probability of each of the first ``size`` entries, up to a factor.
+
+        Args:
+            size: how many entries are stored. Whole trajectories are not looked at.
+
+        Returns:
+            ``[size]``, float64.
+        """
+        with self._lock:
+            return self._priorities.weights(check_at_least_one("size", size), self._parameters)
 
     def sample(self, storage: Any, batch_size: int) -> Any:
         """Draw indices of stored entries, with replacement.
@@ -195,35 +237,37 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         if len(storage) == 0:
             raise RuntimeError("Cannot sample from an empty storage.")
         self._maybe_init_from_storage(storage)
-        table = self._current_table(len(storage))
-        generator = self._rng
-        uniform = torch.rand(
-            batch_size,
-            dtype=torch.float64,
-            generator=generator,
-            device=self.device if generator is None else generator.device,
-        ).to(self.device)
-        index, importance = table.draw(uniform, self.beta)
+        with self._lock:
+            generator = self._rng
+            index, importance = self._draw(
+                torch.rand(
+                    (batch_size,) if self.trajectory_key is None else (2, batch_size),
+                    dtype=torch.float64,
+                    generator=generator,
+                    device=self.device if generator is None else generator.device,
+                ).to(self.device),
+                storage,
+            )
         if storage.ndim > 1:
             index = torch.unravel_index(index, storage.shape)
         return index, {"priority_weight": importance}
 
-    def _current_table(self, size: int) -> DrawTable:
-        # Counted before the values are read: a write that comes in between makes this table stale.
-        changes = self._changes
-        if self._cache is not None and self._cache[0] == changes and self._cache[1].size == size:
-            return self._cache[1]
-        # What a larger storage holds beyond the capacity has no value yet.
-        values = pad(self._values[:size], (0, max(0, size - self._max_capacity)), value=_NO_VALUE)
-        parameters = {name: value for name, value in self._parameters.items() if name != "beta"}
-        table = DrawTable.of(value_weights(_as_minus_infinity(values), **parameters))
-        if not table.entry.numel():
-            raise RuntimeError(
-                f"All {size} stored entries were given non-finite values, so none can be drawn; "
-                "check what computes them, and set finite ones with update_priority or refresh."
+    def _draw(self, uniform: Tensor, storage: Any) -> tuple[Tensor, Tensor]:
+        size = len(storage)
+        if self.trajectory_key is None:
+            return self._priorities.draw(uniform, size, self._parameters, self.beta)
+        if self._trajectories is None or self._trajectories.size != size:
+            if size > self._priorities.capacity:
+                self._priorities.grow(size)
+            ids = stored_entry(storage, self.trajectory_key).to(self.device)
+            self._trajectories = TrajectoryDraws(
+                self._priorities.values[:size],
+                ids,
+                self._oldest if self._oldest < size else 0,
+                self.reduction,
+                type(self._priorities),
             )
-        self._cache = (changes, table)
-        return table
+        return self._trajectories.draw(uniform, self._parameters, self.beta)
 
     def add(self, index: Any) -> None:
         """Do nothing: `mark_update` has been told of the new entry."""
@@ -240,8 +284,15 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         """
         self._maybe_init_from_storage(storage)
         flat = flat_index(index, storage, self.device)
-        self._make_room(flat, storage)
-        self._write(flat, self._values.new_full(flat.shape, _NO_VALUE))
+        with self._lock:
+            self._changed()
+            if self.trajectory_key is not None and flat.numel():
+                self._oldest = int(flat[-1]) + 1  # where a ring is written next
+            try:
+                self._priorities.erase(flat)
+            except IndexError:
+                self._make_room(flat, storage)
+                self._priorities.erase(flat)
 
     @torch.no_grad()
     def update_priority(self, index: Any, priority: Any, *, storage: Any = None) -> None:
@@ -250,7 +301,8 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         Args:
             index: an int, a tensor ``[N]``, or for a storage of several dimensions ``[N, ndim]`` or
                 a tuple of one tensor for each. Negative ones are skipped. If an index comes several
-                times, any of its values may win (if no other index comes: their reduction).
+                times, the last of its values wins on the CPU, and any on a GPU (if no other index
+                comes: their reduction).
             priority: values of any sign: one number for all, or ``[N, ...]``, where the reduction
                 takes further dimensions. The default priority changes nothing. Non-finite
                 values bar their entries from being drawn.
@@ -262,12 +314,11 @@ class ValuePrioritizedSampler(PrioritizedSampler):
             IndexError: if an index is beyond both the storage and ``max_capacity``.
         """
         self._maybe_init_from_storage(storage)
-        flat = flat_index(index, storage, self.device)
-        self._make_room(flat, storage)
-        flat, values = paired_values(priority, flat, self.reduction)
-        # TorchRL fills in the default where data carry no priority: that must not erase values.
-        given = values != _NO_VALUE
-        self._write(flat[given], values[given])
+        with self._lock:
+            if not is_plain(index, priority, self.device) or not self._write(index, priority):
+                flat = flat_index(index, storage, self.device)
+                flat, values = paired_values(priority, flat, self.reduction)
+                self._write(flat, values, storage)
 
     @torch.no_grad()
     def refresh(self, values: Tensor, index: Tensor | None = None) -> None:
@@ -285,39 +336,51 @@ class ValuePrioritizedSampler(PrioritizedSampler):
             ValueError: if a shape does not fit.
             IndexError: if an index is out of range.
         """
-        self._write(*selected_values(values, index, self._max_capacity, self.device))
+        with self._lock:
+            index, values = selected_values(values, index, self._priorities.capacity, self.device)
+            self._changed()
+            if index is None:
+                self._priorities.refresh(values, none=_NO_VALUE)
+            else:
+                self._priorities.write(index, values)
+            self._report()
 
-    def _write(self, flat: Tensor, values: Tensor) -> None:
-        """Store values at flat indices, negative ones skipped; report the first non-finite ones."""
-        keep = flat >= 0
-        values = values[keep].to(self._values)
-        bad = ~values.isfinite()
-        self._values[flat[keep]] = values.masked_fill(bad, math.nan)
-        self._changes += 1
-        # The data are stored already and must not be lost over a bad value: warn last.
-        if not self._warned and bool(bad.any()):
-            self._warned = True
-            warnings.warn(
-                f"{type(self).__name__} got {int(bad.sum())} value(s) that are not finite in "
-                f"{self.dtype}; their entries are not drawn until they get finite ones. "
-                "This is said once per sampler.",
-                UserWarning,
-                stacklevel=4,
-            )
+    def _write(self, flat: Tensor, values: Tensor, storage: Any = None) -> bool:
+        """Store values, unless several are for one entry; the default priority changes nothing."""
+        self._changed()
+        values = values.detach().reshape(-1)
+        try:
+            written = self._priorities.write(flat, values, none=_NO_VALUE)
+        except IndexError:
+            self._make_room(flat, storage)
+            written = self._priorities.write(flat, values, none=_NO_VALUE)
+        self._report()
+        return written
+
+    def _report(self) -> None:
+        """Warn of values that are not finite: last, as the data are stored and must not be lost."""
+        if self._warned or not self._priorities.num_refused:
+            return
+        self._warned = True
+        warnings.warn(
+            f"{type(self).__name__} got {self._priorities.num_refused} value(s) that are not finite "
+            f"in {self.dtype}; their entries are not drawn until they get finite ones. "
+            "This is said once per sampler.",
+            UserWarning,
+            stacklevel=4,
+        )
 
     def _make_room(self, flat: Tensor, storage: Any) -> None:
         """Grow, up to the size of the storage, until there is a place for each index."""
         needed = int(flat.max()) + 1 if flat.numel() else 0
-        if needed <= self._max_capacity:
-            return
         room = 0 if storage is None else max(len(storage), storage.max_size)
-        if needed > room:
+        if needed > max(room, self._max_capacity):
             raise IndexError(
                 f"index must be below {max(room, self._max_capacity)}, got {needed - 1}"
             )
         size = max(needed, min(room, 2 * self._max_capacity))
-        more = self._values.new_full((size - self._max_capacity,), _NO_VALUE)
-        self._values, self._max_capacity = torch.cat([self._values, more]), size
+        self._priorities.grow(size)
+        self._max_capacity = size
 
     def _maybe_init_from_storage(self, storage: Any) -> None:
         """Follow a CUDA storage to its device, unless a device was asked for."""
@@ -325,12 +388,26 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         if self._device is None and device not in (None, "auto"):
             device = torch.device(device)
             if device.type == "cuda" and self.device.type != "cuda":
-                self._values = self._values.to(device)
-                self._changes += 1
+                with self._lock:
+                    self._hold(self._priorities.values.to(device))
+
+    def _hold(self, values: Tensor) -> None:
+        """Start from values; ``-inf``: no value yet, NaN: never drawn."""
+        values = values.masked_fill(values == -math.inf, _NO_VALUE)
+        self._priorities = _backend(values.device)(self._max_capacity, self.dtype, values.device)
+        self._priorities.refresh(values, none=_NO_VALUE)
+        self._priorities.num_refused = 0
+        self._changed()
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the values and parameters, as tensors and Python scalars."""
-        return {"_schema_version": _VERSION, "_values": self._values.clone(), **self._parameters}
+        return {
+            "_schema_version": _VERSION,
+            "_values": self.values,
+            "_oldest": self._oldest,
+            "beta": self.beta,
+            **self._parameters._asdict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, in this sampler's dtype and on its device.
@@ -339,7 +416,7 @@ class ValuePrioritizedSampler(PrioritizedSampler):
             KeyError: if an entry is missing.
             ValueError: if the version is unknown or an entry is out of its range.
         """
-        names = ("_schema_version", "_values", *self._parameters)
+        names = ("_schema_version", "_values", "_oldest", "beta", *Parameters._fields)
         missing = [name for name in names if name not in state_dict]
         if missing:
             raise KeyError(f"state_dict lacks {missing}; is it from a ValuePrioritizedSampler?")
@@ -347,14 +424,17 @@ class ValuePrioritizedSampler(PrioritizedSampler):
             raise ValueError(
                 f"_schema_version must be {_VERSION}, got {state_dict['_schema_version']!r}"
             )
-        self._parameters = {
-            name: checked_parameter(name, state_dict[name]) for name in self._parameters
-        }
-        values = state_dict["_values"].detach().to(self._values)
-        self._max_capacity = max(self._max_capacity, values.numel())
-        self._init()
+        parameters = _checked({name: state_dict[name] for name in Parameters._fields})
+        beta = checked_parameter("beta", state_dict["beta"])
+        saved = state_dict["_values"].detach()
+        values = saved.to(self._priorities.values)
         # A float64 value may be too large for float32.
-        self._values[: values.numel()] = values.masked_fill(values.isinf(), math.nan)
+        values = values.masked_fill(values.isinf() & (saved != -math.inf).to(self.device), math.nan)
+        with self._lock:
+            self._parameters, self._beta = parameters, beta
+            self._max_capacity = max(self._max_capacity, values.numel())
+            self._hold(values)
+            self._oldest = int(state_dict["_oldest"])
 
     def dumps(self, path: Any) -> None:  # pyright: ignore
         """Write the state into the folder ``path``: a memory-mapped tensor and a JSON file."""
@@ -383,9 +463,23 @@ class ValuePrioritizedSampler(PrioritizedSampler):
                 f"A {type(self).__name__} cannot be sent to another process: values set in one "
                 "would not reach the other. Keep it with the learner; give workers a RandomSampler."
             )
-        return {**self.__dict__, "_rng": None, "_cache": None}
+        with self._lock:
+            state = {**self.__dict__, "_rng": None, "_trajectories": None, "_lock": None}
+            # A copy: a pickle may be written while values change.
+            return {**state, "_priorities": None, "_kept": self._priorities.values.clone()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        values = state.pop("_kept")
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+        self._hold(values)
 
 
-def _as_minus_infinity(values: Tensor) -> Tensor:
-    """Return a copy in which "no value yet" is ``-inf``."""
-    return values.masked_fill(values == _NO_VALUE, -math.inf)
+def _checked(parameters: dict[str, Any]) -> Parameters:
+    return Parameters(**{name: checked_parameter(name, x) for name, x in parameters.items()})
+
+
+def _backend(device: torch.device | None) -> Any:
+    """Return what keeps the values: the C library where it can, else torch operations."""
+    on_cpu = torch.empty(0, device=device).device.type == "cpu"
+    return NativePriorities if on_cpu and interface.load()[0] is not None else TorchPriorities

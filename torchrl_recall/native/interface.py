@@ -136,7 +136,7 @@ _SIGNATURES = {
     "recall_prepare": [c_void_p],
     "recall_write": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_double],
     "recall_erase": [c_void_p, c_void_p, c_int64],
-    "recall_refresh": [c_void_p, c_void_p, c_int64, c_int64],
+    "recall_refresh": [c_void_p, c_void_p, c_int64, c_int64, c_double],
     "recall_resize": [c_void_p, c_int64],
     "recall_draw": [c_void_p, c_void_p, c_int64, c_double, c_void_p, c_void_p],
     "recall_weights": [c_void_p, c_void_p],

@@ -6,8 +6,8 @@ from ctypes import Structure, c_double, c_int64, c_void_p
 
 MODES = ("top", "soft", "rank", "per")
 NOTHING_TO_DRAW = 2
-# What `recall_write` and `recall_refresh` answer to an index that is out of range.
-OUT_OF_RANGE = -1
+# What `recall_write` answers to an index that is out of range, and to several values for one index.
+OUT_OF_RANGE, ONE_INDEX = -1, -2
 
 
 class Form(Structure):

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tensordict import LazyStackedTensorDict, NestedKey
 from torch import Tensor
 
-REDUCTIONS = ("max", "min", "mean", "median")
+REDUCTIONS = ("max", "min", "mean", "median", "first")
 
 
 def integer_tensor(index: Any, device: torch.device) -> Tensor:
@@ -71,7 +72,7 @@ def paired_values(priority: Any, flat: Tensor, reduction: str) -> tuple[Tensor, 
         priority: one number for all, or values whose leading dimensions hold N entries; the others
             are reduced.
         flat: ``[N]``, from `flat_index`.
-        reduction: ``"max"``, ``"min"``, ``"mean"`` or ``"median"``.
+        reduction: one of `REDUCTIONS`.
 
     Returns:
         Indices and values (float64), ``[M]``; M is N, or 1 if several indices are all the same.
@@ -99,12 +100,27 @@ def paired_values(priority: Any, flat: Tensor, reduction: str) -> tuple[Tensor, 
     values = priority.reshape(flat.numel(), -1)
     if reduction == "mean":
         return flat, values.mean(1)
+    if reduction == "first":
+        return flat, values[:, 0]
     return flat, getattr(values, reduction)(1).values
+
+
+def is_plain(index: Any, priority: Any, device: torch.device) -> bool:
+    """Say whether these are flat indices and a number for each, as they are to be stored."""
+    return (
+        isinstance(index, Tensor)
+        and isinstance(priority, Tensor)
+        and index.dtype == torch.int64
+        and index.ndim == 1
+        and priority.numel() == index.numel()
+        and priority.is_floating_point()
+        and index.device == device == priority.device
+    )
 
 
 def selected_values(
     values: Any, index: Any, capacity: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor]:
     """Pair values set in bulk with the entries they are for, or say what does not fit.
 
     Args:
@@ -115,7 +131,7 @@ def selected_values(
         device: where the results are wanted.
 
     Returns:
-        Indices ``[n]`` and values ``[n]``.
+        Indices ``[n]``, or None for the first ``n`` entries, and values ``[n]``.
 
     Raises:
         TypeError: if ``index`` holds neither integers nor bools.
@@ -135,7 +151,7 @@ def selected_values(
     if index is None:
         if n > capacity:
             raise ValueError(f"values must hold at most max_capacity={capacity} numbers, got {n}")
-        return torch.arange(n, device=device), values
+        return None, values
     index = torch.as_tensor(index, device=device)
     if index.dtype == torch.bool and index.ndim == 1:
         index = index.nonzero().squeeze(1)
@@ -147,3 +163,30 @@ def selected_values(
     if n and (int(index.min()) < 0 or int(index.max()) >= capacity):
         raise IndexError(f"index must be in [0, {capacity}), got {index}")
     return index, values
+
+
+def stored_entry(storage: Any, key: NestedKey) -> Tensor:
+    """Read an entry of all that is stored, ``[n]``, in the order of flat indices.
+
+    Args:
+        storage: of TensorDicts; only this entry is read.
+        key: where the entry is, one number for each stored element.
+
+    Raises:
+        KeyError: if the storage has no such entry.
+        ValueError: if it has not one number for each element.
+    """
+    data = storage.get(slice(None))
+    if isinstance(data, list):
+        data = LazyStackedTensorDict.lazy_stack(data)
+    entry = data.get(key, None)
+    if entry is None:
+        raise KeyError(
+            f"no entry {key!r} in the storage, among {sorted(map(str, data.keys(True)))}"
+        )
+    if entry.numel() != len(storage):
+        raise ValueError(
+            f"{key!r} must hold one number for each of {len(storage)} stored elements, got shape "
+            f"{tuple(entry.shape)}"
+        )
+    return entry.reshape(-1)

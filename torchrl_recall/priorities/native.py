@@ -16,15 +16,6 @@ from torch import Tensor
 from torchrl_recall.native import interface, priorities
 from torchrl_recall.priorities.weights import Parameters, best_count, nothing_to_draw
 
-_ALL_STALE = {
-    "census_is_valid": 0,
-    "threshold_is_valid": 0,
-    "nodes_are_valid": 0,
-    "eligible_is_valid": 0,
-    "order_is_valid": 0,
-    "least_is_valid": 0,
-}
-
 
 class NativePriorities:
     """Values of stored transitions, and draws by them, in the C library.
@@ -43,6 +34,7 @@ class NativePriorities:
     Examples:
         >>> priorities = NativePriorities(5, torch.float32)
         >>> priorities.write(torch.tensor([4, 0]), torch.tensor([3.0, 2.0]))
+        True
         >>> priorities.values
         tensor([2., -inf, -inf, -inf, 3.])
         >>> uniform = torch.tensor([0.0, 0.6, 0.9], dtype=torch.float64)
@@ -98,7 +90,7 @@ class NativePriorities:
         values[: self.capacity] = self.values
         self._hold(values)
 
-    def write(self, index: Tensor, values: Tensor, none: float = math.nan) -> None:
+    def write(self, index: Tensor, values: Tensor, none: float = math.nan) -> bool:
         """Store values.
 
         Args:
@@ -108,21 +100,27 @@ class NativePriorities:
                 bars its entry from being drawn.
             none: values equal to this number are skipped.
 
+        Returns:
+            False, and nothing is written, if several values are for one and the same index: who
+            calls may know better how to make one of them.
+
         Raises:
             IndexError: if an index is not below the capacity. Nothing is written then.
         """
-        values = _floats(values)
-        self._refuse(
-            self._library.recall_write(
-                self._address,
-                index.data_ptr() if index.is_contiguous() else (index := index.contiguous()).data_ptr(),
-                values.data_ptr(),
-                values.dtype is torch.float64,
-                index.numel(),
-                values.numel() > 1,
-                none,
-            )
+        index, values = index.contiguous(), _floats(values)
+        refused = self._library.recall_write(
+            self._address,
+            index.data_ptr(),
+            values.data_ptr(),
+            values.dtype is torch.float64,
+            index.numel(),
+            values.numel() > 1,
+            none,
         )
+        if refused == priorities.ONE_INDEX:
+            return False
+        self._refuse(refused)
+        return True
 
     def erase(self, index: Tensor) -> None:
         """Take back the values of entries ``[n]`` int64: they have none yet.
@@ -133,8 +131,10 @@ class NativePriorities:
         index = index.contiguous()
         self._refuse(self._library.recall_erase(self._address, index.data_ptr(), index.numel()))
 
-    def refresh(self, values: Tensor) -> None:
+    def refresh(self, values: Tensor, none: float = math.nan) -> None:
         """Store the values ``[n]`` of the first ``n`` entries, and bring the sums up to date.
+
+        Values equal to ``none`` stand for no value yet.
 
         Raises:
             IndexError: if there are more values than entries. Nothing is written then.
@@ -142,7 +142,11 @@ class NativePriorities:
         values = _floats(values)
         self._refuse(
             self._library.recall_refresh(
-                self._address, values.data_ptr(), values.dtype is torch.float64, values.numel()
+                self._address,
+                values.data_ptr(),
+                values.dtype is torch.float64,
+                values.numel(),
+                none,
             )
         )
         if self._parameters is not None:

@@ -142,6 +142,11 @@ int64_t NAME(recall_write)(recall_priorities *p, const int64_t *index, const voi
     for (int64_t i = 0; i < count; i++) {
         if (index[i] >= p->capacity) return -1;
     }
+    if (stride && count > 1) {
+        int64_t i = 1;
+        while (i < count && index[i] == index[0]) i++;
+        if (i == count) return -2;
+    }
     const double least = least_value(p);
     for (int64_t i = 0; i < count; i++) {
         if (i + 16 < count && index[i + 16] >= 0) prefetch_value(p, index[i + 16]);
@@ -177,23 +182,23 @@ int64_t NAME(recall_erase)(recall_priorities *p, const int64_t *index, int64_t c
 #define COPY(to_type, from_type)                                                                  \
     do {                                                                                          \
         to_type *to = (to_type *)p->values;                                                       \
-        const from_type *from = (const from_type *)values;                                        \
+        const from_type *from = (const from_type *)values, lowest = (from_type)none;              \
         for (int64_t start = 0; start < count; start += CHUNK) {                                   \
             const int64_t end = start + CHUNK < count ? start + CHUNK : count;                      \
             int32_t bad = 0;                                                                      \
             for (int64_t i = start; i < end; i++) {                                               \
                 const to_type x = (to_type)from[i];                                               \
                 const int is_bad = !(x - x == 0);                                                 \
-                to[i] = is_bad ? (to_type)NAN : x;                                                \
+                to[i] = is_bad ? (to_type)NAN : from[i] == lowest ? -(to_type)INFINITY : x;       \
                 bad += is_bad;                                                                    \
             }                                                                                     \
             refused += bad;                                                                       \
         }                                                                                         \
     } while (0)
 
-int64_t NAME(recall_refresh)(recall_priorities *, const void *, int64_t, int64_t);
+int64_t NAME(recall_refresh)(recall_priorities *, const void *, int64_t, int64_t, double);
 int64_t NAME(recall_refresh)(recall_priorities *p, const void *values, int64_t is_double,
-                             int64_t count) {
+                             int64_t count, double none) {
     int64_t refused = 0;
     if (count > p->capacity) return -1;
     if (p->is_double && is_double) COPY(double, double);

@@ -304,11 +304,9 @@ static void descend_counts(const recall_priorities *p, const recall_form *f, con
     }
     for (int64_t i = 0; i < count; i++) {
         const int64_t first = at[i] * FAN;
-        uint32_t classes = entry_classes(p, f, first, l->num_leaves - first) >> (shift[i] / 2);
-        /* Takes the lowest away until the wanted one is the lowest. */
-        for (classes &= 0xffff; rest[i]; rest[i]--) classes &= classes - 1;
-        at[i] = first;
-        for (; !(classes & 1); classes >>= 1) at[i]++;
+        const uint32_t classes = entry_classes(p, f, first, l->num_leaves - first) >> (shift[i] / 2);
+        for (int j = 0; j < FAN; j++) x[j] = classes >> j & 1;
+        at[i] = first + choose_count(x, rest + i);
     }
 }
 

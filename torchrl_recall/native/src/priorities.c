@@ -9,7 +9,7 @@
     int64_t recall_write_##isa(recall_priorities *, const int64_t *, const void *, int64_t,       \
                                int64_t, int64_t, double);                                         \
     int64_t recall_erase_##isa(recall_priorities *, const int64_t *, int64_t);                    \
-    int64_t recall_refresh_##isa(recall_priorities *, const void *, int64_t, int64_t);            \
+    int64_t recall_refresh_##isa(recall_priorities *, const void *, int64_t, int64_t, double);    \
     int64_t recall_resize_##isa(recall_priorities *, int64_t);                                    \
     int64_t recall_draw_##isa(recall_priorities *, const double *, int64_t, double, int64_t *,    \
                               float *);                                                           \
@@ -53,8 +53,9 @@ int64_t recall_erase(recall_priorities *p, const int64_t *index, int64_t count) 
     CHOOSE(recall_erase, p, p, index, count)
 }
 
-int64_t recall_refresh(recall_priorities *p, const void *values, int64_t is_double, int64_t count) {
-    CHOOSE(recall_refresh, p, p, values, is_double, count)
+int64_t recall_refresh(recall_priorities *p, const void *values, int64_t is_double, int64_t count,
+                       double none) {
+    CHOOSE(recall_refresh, p, p, values, is_double, count, none)
 }
 
 int64_t recall_resize(recall_priorities *p, int64_t size) { CHOOSE(recall_resize, p, p, size) }

@@ -53,15 +53,16 @@ RECALL_EXPORT int64_t recall_census(recall_priorities *p);
 /* Brings all that a draw needs up to date. */
 RECALL_EXPORT int64_t recall_prepare(recall_priorities *p);
 /* Writes values at indices, negative ones skipped, as well as values equal to `none`; `stride` 0
- * stands for one value for all. Returns how many values were not finite, or -1 for an index that
- * is out of range, before anything is written. */
+ * stands for one value for all. Returns how many values were not finite; or, before anything is
+ * written, -1 for an index that is out of range, -2 for several values for one and the same index. */
 RECALL_EXPORT int64_t recall_write(recall_priorities *p, const int64_t *index, const void *values,
                                    int64_t is_double, int64_t count, int64_t stride, double none);
 /* Takes the values at indices back: none yet. */
 RECALL_EXPORT int64_t recall_erase(recall_priorities *p, const int64_t *index, int64_t count);
-/* Writes the first `count` values; returns how many were not finite. */
+/* Writes the first `count` values, where `none` stands for none yet; returns how many were not
+ * finite. */
 RECALL_EXPORT int64_t recall_refresh(recall_priorities *p, const void *values, int64_t is_double,
-                                     int64_t count);
+                                     int64_t count, double none);
 RECALL_EXPORT int64_t recall_resize(recall_priorities *p, int64_t size);
 /* Entries for uniform numbers in [0, 1), and their importance weights, unless NULL. */
 RECALL_EXPORT int64_t recall_draw(recall_priorities *p, const double *uniform, int64_t count,
