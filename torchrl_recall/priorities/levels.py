@@ -59,7 +59,9 @@ class TorchPriorities:
     ) -> None:
         self.capacity = capacity
         # Whether the host may look at the data; tests take that away on the CPU.
-        self._waits = torch.empty(0, device=device).device.type == "cpu" if _waits is None else _waits
+        self._waits = (
+            torch.empty(0, device=device).device.type == "cpu" if _waits is None else _waits
+        )
         self._refused = 0
         self._late_refused = LateNumber(device) if not self._waits else None
         self._late_total = LateNumber(device) if not self._waits else None

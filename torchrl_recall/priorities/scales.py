@@ -16,6 +16,11 @@ from torchrl_recall.priorities.weights import Parameters
 
 # Weights may exceed 1 by this power of two; 2^27 of them still sum to a finite float32.
 _HEADROOM = 64
+# The vectorised exp2 and log2 differ in the last bit from those for a remainder of few elements, and
+# threads leave remainders too. In pieces of whole vectors, too short for threads, a value has the
+# same bits wherever it is.
+LANES = 64
+_PIECE = 1 << 15
 _MAX_FLOAT = torch.finfo(torch.float32).max
 
 
@@ -85,7 +90,7 @@ def fill_weights(
     """Compute the weights of the modes ``"top"``, ``"soft"`` and ``"per"``.
 
     Args:
-        out: ``[n]``, float32.
+        out: ``[n]``, float32; n is a multiple of `LANES`.
         values: ``[n]``, floating.
         parameters: of the mode.
         reference: of all values.
@@ -123,7 +128,9 @@ def _fill_soft(out: Tensor, values: Tensor, temperature: float, reference: Refer
     torch.sub(values, reference.center, out=precise)
     # exp2 is several times faster than exp; the bounds keep 0 * inf away.
     factor = math.log2(math.e) / temperature
-    precise.mul_(min(max(factor, 1 / _MAX_FLOAT), _MAX_FLOAT)).exp2_()
+    factor = min(max(factor, 1 / _MAX_FLOAT), _MAX_FLOAT)
+    for piece in precise.split(_PIECE):
+        piece.mul_(factor).exp2_()
     if precise is not out:
         out.copy_(precise)
 
@@ -145,6 +152,7 @@ def _fill_per(
         precise.nan_to_num_(nan=0.0, posinf=0.0)
     precise.add_(eps).div_(reference.center)
     if alpha != 1:  # pow takes longer
-        precise.log2_().mul_(alpha).exp2_()
+        for piece in precise.split(_PIECE):
+            piece.log2_().mul_(alpha).exp2_()
     if precise is not out:
         out.copy_(precise)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchrl_recall.priorities import ranks, scales
 from torchrl_recall.priorities.scales import Reference
-from torchrl_recall.priorities.sums import BLOCK, FAN_OUT, LeastWeights, SumLevels
+from torchrl_recall.priorities.sums import FAN_OUT, LeastWeights, SumLevels
 from torchrl_recall.priorities.weights import Parameters
 
 # In the cache on the CPU, few kernels on a GPU.
@@ -70,10 +70,14 @@ class WeightTable:
             self._fill_by_rank()
         else:
             self._reference = self._new_reference(floor)
-            for _, values, weights in self._slices():
-                plain = floor == -math.inf if self._waits else False
+            end = -(-size // scales.LANES) * scales.LANES
+            for start in range(0, end, self.slice):
+                values = self._values[start : min(start + self.slice, end)]
+                weights = self._weights[start : start + values.numel()]
+                plain = self._waits and not isinstance(floor, Tensor) and floor == -math.inf
                 plain = plain and math.isfinite(values.sum().item())
                 scales.fill_weights(weights, values, parameters, self._reference, plain)
+            self._weights[size:end] = 0.0
         for start, _, _ in self._slices():
             stop = min(start + self.slice, -(-size // FAN_OUT) * FAN_OUT)
             self._sums.set_slice(start, self._weights[start:stop])
@@ -90,15 +94,23 @@ class WeightTable:
         Returns:
             False if that takes a `rebuild`.
         """
+        if not index.numel():  # all of it lies beyond the size
+            return True
         mode = self.parameters.mode
         if mode == "rank" or (mode == "top" and (size > self.size or not self._all_drawable)):
             return False
         values = self._values.index_select(0, index)
         self.size = size
-        if not self._reference_stays(values):
+        finite = math.isfinite(values.sum().item())
+        if not self._reference_stays(values, finite):
             return False
+        values = torch.nn.functional.pad(values, (0, -index.numel() % scales.LANES))
         weights = torch.empty_like(values, dtype=torch.float32)
-        scales.fill_weights(weights, values, self.parameters, self._reference, False)
+        plain = (
+            finite and bool(self._reference.floor == -math.inf) and self._reference.valued is True
+        )
+        scales.fill_weights(weights, values, self.parameters, self._reference, plain)
+        weights = weights[: index.numel()]
         if mode == "top" and not weights.equal(self._weights.index_select(0, index)):
             return False
         self._weights.index_copy_(0, index, weights)
@@ -109,7 +121,9 @@ class WeightTable:
         if self._least is not None:
             row = index >> 6
             weights = self._weights.view(-1, 64).index_select(0, row)
-            self._least.set_rows(row, weights, self._excluded(weights, self._drawable_rows(row, 64)))
+            self._least.set_rows(
+                row, weights, self._excluded(weights, self._drawable_rows(row, 64))
+            )
         return True
 
     def prepare(self, share: float, beta: float) -> None:
@@ -155,7 +169,7 @@ class WeightTable:
         return entry if self._waits else entry.clamp_(max=self.size - 1)
 
     def importance(self, entry: Tensor, share: float, beta: float) -> Tensor:
-        """Compute ``(w / min w)^-beta`` over positive weights, ``[B]`` float32, of drawn entries."""
+        """Compute ``(w / min w)^-beta`` of drawn entries, ``[B]`` float32; the min is positive."""
         if self._least is None:
             return torch.ones_like(entry, dtype=torch.float32)
         weight, least = self._weights.index_select(0, entry).double(), self._least.least.double()
@@ -199,7 +213,7 @@ class WeightTable:
         if least is None:
             return -math.inf
         largest = self._largest(False, -math.inf)
-        if isinstance(largest, float):
+        if not isinstance(largest, Tensor):
             return least if largest >= least else -math.inf
         none = torch.full_like(largest, -math.inf)
         return torch.where(largest >= least, torch.full_like(largest, least), none)
@@ -208,7 +222,7 @@ class WeightTable:
         """Largest value or magnitude of all, a number where the host may look."""
         found = [scales.largest_key(v, magnitude, floor, self._waits) for _, v, _ in self._slices()]
         largest = torch.stack(found).amax()
-        return largest.item() if self._waits else largest
+        return float(largest.item()) if self._waits else largest
 
     def _new_reference(self, floor: float | Tensor) -> Reference:
         parameters = self.parameters
@@ -221,7 +235,7 @@ class WeightTable:
             self._all_drawable = num_drawable == self.size
             return Reference(floor, threshold, share)
         largest = self._largest(parameters.mode == "per", floor)
-        if isinstance(largest, float):
+        if not isinstance(largest, Tensor):
             self._granule, center = self._granule_of(largest)
             return Reference(floor, center, valued=largest > -math.inf)
         if parameters.mode == "per":
@@ -235,31 +249,33 @@ class WeightTable:
             return scales.per_scale(largest + self.parameters.eps, self.parameters.alpha)
         return scales.soft_center(largest, self.parameters.temperature)
 
-    def _reference_stays(self, values: Tensor) -> bool:
+    def _reference_stays(self, values: Tensor, finite: bool) -> bool:
         """Whether the reference of all is the same after some entries took on these values."""
-        parameters, floor = self.parameters, self._reference.floor
-        least = parameters.min_value
+        least, floor = self.parameters.min_value, self._reference.floor
         if least is not None and floor == -math.inf and bool((values >= least).any()):
             return False
-        if parameters.mode == "top":  # it stays as long as no entry changes sides
-            return not bool(values.isnan().any())
-        magnitude = parameters.mode == "per"
-
-        def granule(some: Tensor) -> tuple[float, float]:
-            largest = scales.largest_key(some, magnitude, floor, True).item()
-            if floor != -math.inf and not magnitude and largest < floor:  # type: ignore
-                largest = -math.inf
-            return self._granule_of(largest)[0]
-
-        if granule(values) > self._granule:
+        if self.parameters.mode == "top":  # it stays as long as no entry changes sides
+            return finite or not bool(values.isnan().any())
+        magnitude = self.parameters.mode == "per"
+        largest = scales.largest_key(values, magnitude, floor, True).item()
+        if self._granule_of(largest)[0] > self._granule:
             return False
-        if self._witness is not None and granule(self._values[self._witness]) == self._granule:
+        if self._witness is not None and self._is_witness(self._witness):
             return True
         keys = [scales.largest_key(v, magnitude, floor, True) for _, v, _ in self._slices()]
         start = int(torch.stack(keys).argmax()) * self.slice
         part = self._values[start : min(start + self.slice, self.size)]
         self._witness = start + scales.largest_entry(part, magnitude, floor)
-        return granule(self._values[self._witness]) == self._granule
+        return self._is_witness(self._witness)
+
+    def _is_witness(self, entry: int) -> bool:
+        """Whether the value of an entry lies in the granule of the largest."""
+        value = self._values[entry].item()
+        if math.isnan(value) or value < self._reference.floor:
+            return False
+        if self.parameters.mode == "per":
+            value = 0.0 if value == -math.inf else abs(value)
+        return self._granule_of(value)[0] == self._granule
 
     def _fill_by_rank(self) -> None:
         values = self._values[: self.size]
