@@ -83,7 +83,7 @@ class TorchPriorities:
 
     @property
     def values(self) -> Tensor:
-        """A view, ``[capacity]``; ``-inf``: no value yet, NaN: never drawn. Not to be written to."""
+        """A view to read, ``[capacity]``; ``-inf``: no value yet, NaN: never drawn."""
         return self._values[: self.capacity]
 
     @property

@@ -16,8 +16,8 @@ from torchrl_recall.priorities.weights import Parameters
 
 # Weights may exceed 1 by this power of two; 2^27 of them still sum to a finite float32.
 _HEADROOM = 64
-# The vectorised exp2 and log2 differ in the last bit from those for a remainder of few elements, and
-# threads leave remainders too. In pieces of whole vectors, too short for threads, a value has the
+# The vectorised exp2 and log2 differ in the last bit from those for a remainder of few elements,
+# and threads leave remainders too. In pieces of whole vectors, too short for threads, a value has the
 # same bits wherever it is.
 LANES = 64
 _PIECE = 1 << 15
@@ -43,7 +43,7 @@ def soft_center(largest: float, temperature: float) -> tuple[tuple[float, float]
 
 
 def per_scale(largest: float, alpha: float) -> tuple[tuple[float, float], float]:
-    """Return the granule of the largest priority, which never falls when it rises, and its scale."""
+    """Return the granule of the largest priority, as `soft_center` does, and its scale."""
     if alpha > _HEADROOM:
         return (largest, 0.0), largest
     bits = _HEADROOM if alpha <= 1 else int(_HEADROOM / alpha)

@@ -1,4 +1,4 @@
-"""The weights of the stored entries under present values and parameters, kept so that draws are fast.
+"""The weights of stored entries under present values and parameters, kept for fast draws.
 
 `levels.py` owns the values and says what changed; `scales.py` and `ranks.py` turn values into
 weights, `sums.py` weights into draws.
@@ -37,7 +37,6 @@ class WeightTable:
         self._sums = SumLevels(values.numel(), values.device, parallel=not waits)
         self._counts: SumLevels | None = None  # of what may be drawn, for the uniform share
         self._least: LeastWeights | None = None  # for the importance weights
-        self._counts_zeros = False
         self._order: Tensor | None = None
         self._reference = Reference()
         self._granule = (0.0, 0.0)
