@@ -17,8 +17,8 @@ from torchrl_recall.priorities.weights import Parameters
 # Weights may exceed 1 by this power of two; 2^27 of them still sum to a finite float32.
 _HEADROOM = 64
 # The vectorised exp2 and log2 differ in the last bit from those for a remainder of few elements,
-# and threads leave remainders too. In pieces of whole vectors, too short for threads, a value has the
-# same bits wherever it is.
+# and threads leave remainders too. In pieces of whole vectors, too short for threads, a value has
+# the same bits wherever it is.
 LANES = 64
 _PIECE = 1 << 15
 _MAX_FLOAT = torch.finfo(torch.float32).max
