@@ -240,7 +240,7 @@ def test_refuses_to_be_sent_to_a_spawned_process():
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"_schema_version": 99}, ValueError, "_schema_version must be 1, got 99"),
+        ({"_schema_version": 99}, ValueError, "_schema_version must be 2, got 99"),
         ({"top": 2.0}, ValueError, "top must be"),
         ({"_values": None}, KeyError, "lacks .'_values'."),
     ],

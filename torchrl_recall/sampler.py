@@ -7,21 +7,16 @@ How values become probabilities and draws is in `priorities/`, which also reads 
 
 from __future__ import annotations
 
-import json
-import math
 import threading
 import warnings
-from multiprocessing.context import get_spawning_popen
-from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import MemoryMappedTensor, NestedKey
+from tensordict import NestedKey
 from torch import Tensor
-from torchrl.data import PrioritizedSampler
+from torchrl.data.replay_buffers.samplers import Sampler
 
 from torchrl_recall.checks import check_at_least_one
-from torchrl_recall.native import interface
 from torchrl_recall.priorities.arguments import (
     REDUCTIONS,
     flat_index,
@@ -30,15 +25,15 @@ from torchrl_recall.priorities.arguments import (
     selected_values,
     stored_entry,
 )
-from torchrl_recall.priorities.levels import TorchPriorities
-from torchrl_recall.priorities.native import NativePriorities
 from torchrl_recall.priorities.trajectory_draws import TrajectoryDraws
 from torchrl_recall.priorities.weights import Parameters, checked_parameter
-
-# "No value yet"; exact in float32, through which TorchRL passes `default_priority`.
-_NO_VALUE = torch.finfo(torch.float32).min
-_DTYPES = {"torch.float32": torch.float32, "torch.float64": torch.float64}
-_VERSION = 2
+from torchrl_recall.sampler_state import (
+    DTYPES,
+    NO_VALUE,
+    SavedSampler,
+    backend_on,
+    checked_parameters,
+)
 
 
 def _parameter(name: str, doc: str) -> Any:
@@ -51,7 +46,7 @@ def _parameter(name: str, doc: str) -> Any:
     return property(fget, fset, doc=doc)
 
 
-class ValuePrioritizedSampler(PrioritizedSampler):
+class ValuePrioritizedSampler(SavedSampler):
     r"""Draw stored transitions by value, so that traces start where the return is high.
 
     Goyal et al. 2019, "Recall Traces" (https://arxiv.org/abs/1804.00379), roll the backtracking
@@ -152,13 +147,13 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         device: torch.device | str | None = None,
     ) -> None:
         # PrioritizedSampler.__init__ would build the trees of TorchRL's extension.
-        super(PrioritizedSampler, self).__init__()
-        if dtype not in _DTYPES.values():
+        Sampler.__init__(self)
+        if dtype not in DTYPES.values():
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
         given = Parameters(mode, top, temperature, min_value, alpha, eps, uniform_share)
-        self._parameters = _checked(given._asdict())
+        self._parameters = checked_parameters(given._asdict())
         self.beta = beta
         self._max_capacity = check_at_least_one("max_capacity", max_capacity)
         self.dtype = dtype
@@ -171,12 +166,9 @@ class ValuePrioritizedSampler(PrioritizedSampler):
 
     def _init(self) -> None:
         device = self._priorities.values.device if hasattr(self, "_priorities") else self._device
-        self._priorities = _backend(device)(self._max_capacity, self.dtype, device)
+        self._priorities = backend_on(device)(self._max_capacity, self.dtype, device)
         self._oldest = 0
-        self._changed()
-
-    def _changed(self) -> None:
-        self._trajectories: TrajectoryDraws | None = None
+        self._trajectories = None
 
     def __repr__(self) -> str:
         given = {**self._parameters._asdict(), "beta": self.beta}
@@ -193,20 +185,9 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         self._beta = checked_parameter("beta", value)
 
     @property
-    def device(self) -> torch.device:
-        """Where the values live."""
-        return self._priorities.values.device
-
-    @property
     def default_priority(self) -> float:
         """The number that stands for "no value yet", the lowest of float32."""
-        return _NO_VALUE
-
-    @property
-    def values(self) -> Tensor:
-        """A copy of the values, ``[max_size]``; ``-inf``: no value yet, NaN: never drawn."""
-        with self._lock:
-            return self._priorities.values.clone()
+        return NO_VALUE
 
     def weights(self, size: int) -> Tensor:
         """Return the probability of each of the first ``size`` entries, up to a factor.
@@ -254,11 +235,11 @@ class ValuePrioritizedSampler(PrioritizedSampler):
 
     def _draw(self, uniform: Tensor, storage: Any) -> tuple[Tensor, Tensor]:
         size = len(storage)
+        if size > self._max_capacity:
+            self._grow(size)
         if self.trajectory_key is None:
             return self._priorities.draw(uniform, size, self._parameters, self.beta)
         if self._trajectories is None or self._trajectories.size != size:
-            if size > self._priorities.capacity:
-                self._priorities.grow(size)
             ids = stored_entry(storage, self.trajectory_key).to(self.device)
             self._trajectories = TrajectoryDraws(
                 self._priorities.values[:size],
@@ -285,7 +266,7 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         self._maybe_init_from_storage(storage)
         flat = flat_index(index, storage, self.device)
         with self._lock:
-            self._changed()
+            self._trajectories = None
             if self.trajectory_key is not None and flat.numel():
                 self._oldest = int(flat[-1]) + 1  # where a ring is written next
             try:
@@ -315,7 +296,9 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         """
         self._maybe_init_from_storage(storage)
         with self._lock:
-            if not is_plain(index, priority, self.device) or not self._write(index, priority):
+            if not is_plain(index, priority, self.device) or not self._write(
+                index, priority, storage
+            ):
                 flat = flat_index(index, storage, self.device)
                 flat, values = paired_values(priority, flat, self.reduction)
                 self._write(flat, values, storage)
@@ -338,22 +321,22 @@ class ValuePrioritizedSampler(PrioritizedSampler):
         """
         with self._lock:
             index, values = selected_values(values, index, self._priorities.capacity, self.device)
-            self._changed()
+            self._trajectories = None
             if index is None:
-                self._priorities.refresh(values, none=_NO_VALUE)
+                self._priorities.refresh(values, none=NO_VALUE)
             else:
                 self._priorities.write(index, values)
             self._report()
 
-    def _write(self, flat: Tensor, values: Tensor, storage: Any = None) -> bool:
+    def _write(self, flat: Tensor, values: Tensor, storage: Any) -> bool:
         """Store values, unless several are for one entry; the default priority changes nothing."""
-        self._changed()
+        self._trajectories = None
         values = values.detach().reshape(-1)
         try:
-            written = self._priorities.write(flat, values, none=_NO_VALUE)
+            written = self._priorities.write(flat, values, none=NO_VALUE)
         except IndexError:
             self._make_room(flat, storage)
-            written = self._priorities.write(flat, values, none=_NO_VALUE)
+            written = self._priorities.write(flat, values, none=NO_VALUE)
         self._report()
         return written
 
@@ -363,8 +346,8 @@ class ValuePrioritizedSampler(PrioritizedSampler):
             return
         self._warned = True
         warnings.warn(
-            f"{type(self).__name__} got {self._priorities.num_refused} value(s) that are not finite "
-            f"in {self.dtype}; their entries are not drawn until they get finite ones. "
+            f"{type(self).__name__} got {self._priorities.num_refused} value(s) that are not "
+            f"finite in {self.dtype}; their entries are not drawn until they get finite ones. "
             "This is said once per sampler.",
             UserWarning,
             stacklevel=4,
@@ -378,7 +361,9 @@ class ValuePrioritizedSampler(PrioritizedSampler):
             raise IndexError(
                 f"index must be below {max(room, self._max_capacity)}, got {needed - 1}"
             )
-        size = max(needed, min(room, 2 * self._max_capacity))
+        self._grow(max(needed, min(room, 2 * self._max_capacity)))
+
+    def _grow(self, size: int) -> None:
         self._priorities.grow(size)
         self._max_capacity = size
 
@@ -390,96 +375,3 @@ class ValuePrioritizedSampler(PrioritizedSampler):
             if device.type == "cuda" and self.device.type != "cuda":
                 with self._lock:
                     self._hold(self._priorities.values.to(device))
-
-    def _hold(self, values: Tensor) -> None:
-        """Start from values; ``-inf``: no value yet, NaN: never drawn."""
-        values = values.masked_fill(values == -math.inf, _NO_VALUE)
-        self._priorities = _backend(values.device)(self._max_capacity, self.dtype, values.device)
-        self._priorities.refresh(values, none=_NO_VALUE)
-        self._priorities.num_refused = 0
-        self._changed()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the values and parameters, as tensors and Python scalars."""
-        return {
-            "_schema_version": _VERSION,
-            "_values": self.values,
-            "_oldest": self._oldest,
-            "beta": self.beta,
-            **self._parameters._asdict(),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, in this sampler's dtype and on its device.
-
-        Raises:
-            KeyError: if an entry is missing.
-            ValueError: if the version is unknown or an entry is out of its range.
-        """
-        names = ("_schema_version", "_values", "_oldest", "beta", *Parameters._fields)
-        missing = [name for name in names if name not in state_dict]
-        if missing:
-            raise KeyError(f"state_dict lacks {missing}; is it from a ValuePrioritizedSampler?")
-        if state_dict["_schema_version"] != _VERSION:
-            raise ValueError(
-                f"_schema_version must be {_VERSION}, got {state_dict['_schema_version']!r}"
-            )
-        parameters = _checked({name: state_dict[name] for name in Parameters._fields})
-        beta = checked_parameter("beta", state_dict["beta"])
-        saved = state_dict["_values"].detach()
-        values = saved.to(self._priorities.values)
-        # A float64 value may be too large for float32.
-        values = values.masked_fill(values.isinf() & (saved != -math.inf).to(self.device), math.nan)
-        with self._lock:
-            self._parameters, self._beta = parameters, beta
-            self._max_capacity = max(self._max_capacity, values.numel())
-            self._hold(values)
-            self._oldest = int(state_dict["_oldest"])
-
-    def dumps(self, path: Any) -> None:  # pyright: ignore
-        """Write the state into the folder ``path``: a memory-mapped tensor and a JSON file."""
-        folder = Path(path).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        state = self.state_dict()
-        values = state.pop("_values").cpu()
-        MemoryMappedTensor.from_tensor(values, filename=folder / "values.memmap", existsok=True)
-        state |= {"capacity": values.numel(), "dtype": str(values.dtype)}
-        (folder / "sampler_metadata.json").write_text(json.dumps(state))
-
-    def loads(self, path: Any) -> None:  # pyright: ignore
-        """Restore what `dumps` wrote."""
-        folder = Path(path).absolute()
-        state = json.loads((folder / "sampler_metadata.json").read_text())
-        values = MemoryMappedTensor.from_filename(
-            folder / "values.memmap",
-            _DTYPES[state.pop("dtype")],
-            torch.Size([state.pop("capacity")]),
-        )
-        self.load_state_dict({**state, "_values": values})
-
-    def __getstate__(self) -> Any:
-        if get_spawning_popen() is not None:
-            raise RuntimeError(
-                f"A {type(self).__name__} cannot be sent to another process: values set in one "
-                "would not reach the other. Keep it with the learner; give workers a RandomSampler."
-            )
-        with self._lock:
-            state = {**self.__dict__, "_rng": None, "_trajectories": None, "_lock": None}
-            # A copy: a pickle may be written while values change.
-            return {**state, "_priorities": None, "_kept": self._priorities.values.clone()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        values = state.pop("_kept")
-        self.__dict__.update(state)
-        self._lock = threading.RLock()
-        self._hold(values)
-
-
-def _checked(parameters: dict[str, Any]) -> Parameters:
-    return Parameters(**{name: checked_parameter(name, x) for name, x in parameters.items()})
-
-
-def _backend(device: torch.device | None) -> Any:
-    """Return what keeps the values: the C library where it can, else torch operations."""
-    on_cpu = torch.empty(0, device=device).device.type == "cpu"
-    return NativePriorities if on_cpu and interface.load()[0] is not None else TorchPriorities

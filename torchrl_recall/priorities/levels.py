@@ -14,7 +14,7 @@ from torch import Tensor
 from torchrl_recall.priorities.late import LateNumber
 from torchrl_recall.priorities.sums import BLOCK
 from torchrl_recall.priorities.table import WeightTable
-from torchrl_recall.priorities.weights import Parameters
+from torchrl_recall.priorities.weights import Parameters, nothing_to_draw
 
 
 class TorchPriorities:
@@ -41,6 +41,7 @@ class TorchPriorities:
     Examples:
         >>> priorities = TorchPriorities(4, torch.float32, None)
         >>> priorities.write(torch.tensor([0, 2, 3]), torch.tensor([1.0, 5.0, 5.0]))
+        True
         >>> parameters = Parameters("top", top=0.5)
         >>> priorities.weights(4, parameters)
         tensor([0., 0., 1., 1.], dtype=torch.float64)
@@ -106,28 +107,52 @@ class TorchPriorities:
             self._allocate(self.values, capacity)
         self.capacity = capacity
 
-    def write(self, index: Tensor, values: Tensor) -> None:
+    def restore(self, values: Tensor) -> None:
+        """Start anew from the values of the first entries; ``-inf``: none yet, NaN: never drawn."""
+        self._allocate(values.to(self._values), self.capacity)
+
+    def write(self, index: Tensor, values: Tensor, none: float = math.nan) -> bool:
         """Set the values of some entries.
 
         Args:
             index: ``[n]`` int64, below the capacity. Negative ones are skipped; if one comes
                 several times, any of its values may win.
-            values: ``[n]``, floating; a non-finite one bars its entry from being drawn.
+            values: ``[n]``, or ``[1]`` for one value for all, floating; a non-finite one bars its
+                entry from being drawn.
+            none: values equal to this number are skipped.
+
+        Returns:
+            False, and nothing is written, if several values are for one and the same index: who
+            calls may know better how to make one of them. On a GPU this is not looked at.
+
+        Raises:
+            IndexError: if an index is not below the capacity. Nothing is written then. On a GPU it
+                is torch that complains.
         """
         if not index.numel():
-            return
+            return True
+        several = values.numel() > 1
+        if not math.isnan(none):
+            index = index.masked_fill(values == none, -1)
         values = values.to(self._values)
+        if not several:
+            values = values.reshape(1).expand(index.numel())
         if not self._waits:
             values = self._refuse(values, index >= 0)
             self._values.index_copy_(0, self._skip_negative(index), values)
             self._values[-1:] = -math.inf
-            return self._forget()
-        index, keep = self._note(index)
+            self._forget()
+            return True
+        lowest, highest = (int(x.item()) for x in index.aminmax())
+        if several and lowest == highest >= 0:
+            return False
+        index, keep = self._note(index, lowest, highest)
         values = values if keep is None else values[keep]
         # A sum is the cheapest look; it may overflow, but never hides what is not finite.
         if not math.isfinite(values.sum().item()):
             values = self._refuse(values, None)
         self._values.index_copy_(0, index, values)
+        return True
 
     def erase(self, index: Tensor) -> None:
         """Take back the values of some entries: they have no value yet.
@@ -138,18 +163,23 @@ class TorchPriorities:
         if not index.numel():
             return
         if self._waits:
-            index = self._note(index)[0]
+            index = self._note(index, *(int(x.item()) for x in index.aminmax()))[0]
         else:
             index = self._skip_negative(index)
             self._forget()
         self._values.index_fill_(0, index, -math.inf)
 
-    def refresh(self, values: Tensor) -> None:
+    def refresh(self, values: Tensor, none: float = math.nan) -> None:
         """Set the first values, all at once.
 
         Args:
             values: ``[n]``, floating, for the entries from 0 to n - 1, n at most the capacity.
+            none: stands for no value yet.
+
+        Raises:
+            IndexError: if there are more values than entries. Nothing is written then.
         """
+        self._check_below(values.numel() - 1)
         target = self.values[: values.numel()]
         self._forget()
         length = self._table.slice
@@ -157,6 +187,12 @@ class TorchPriorities:
             out.copy_(part)
             if not self._waits or not math.isfinite(out.sum().item()):
                 out.copy_(self._refuse(out, None))
+            if not math.isnan(none):
+                out.masked_fill_(part == none, -math.inf)
+
+    def _check_below(self, highest: int) -> None:
+        if highest >= self.capacity:
+            raise IndexError(f"index must be below {self.capacity}, got {highest}")
 
     def _refuse(self, values: Tensor, counted: Tensor | None) -> Tensor:
         """Count what is not finite, among what is counted, and put NaN in its place."""
@@ -171,14 +207,14 @@ class TorchPriorities:
     def _skip_negative(self, index: Tensor) -> Tensor:
         return index.where(index >= 0, self._values.numel() - 1)
 
-    def _note(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _note(self, index: Tensor, lowest: int, highest: int) -> tuple[Tensor, Tensor | None]:
         """Note which entries change; return them without negative ones, and which those are."""
-        lowest, highest = (x.item() for x in index.aminmax())
+        self._check_below(highest)
         keep = None
         if lowest < 0:
             keep = index >= 0
             index = index[keep]
-        self._highest = max(self._highest, int(highest))
+        self._highest = max(self._highest, highest)
         self._num_changed += index.numel()
         if self._all_changed or self._num_changed > self._values.numel() // 16:
             self._forget()  # a rebuild is cheaper than so many paths
@@ -232,7 +268,7 @@ class TorchPriorities:
         table, core = self._table, parameters._replace(uniform_share=0.0)
         if self._late_total is not None and self._late_total.last() == 0:
             self._late_total.reset()
-            raise RuntimeError(_nothing_to_draw(size))
+            raise nothing_to_draw(size)
         changed = self._all_changed or bool(self._changed) or size != table.size
         if not changed and core == table.parameters:
             return
@@ -246,7 +282,7 @@ class TorchPriorities:
             self._late_total.set(table.total)
         elif table.total.item() == 0:
             self._all_changed = True  # so that the next draw says so too
-            raise RuntimeError(_nothing_to_draw(size))
+            raise nothing_to_draw(size)
 
     def _changed_below(self, size: int) -> Tensor:
         """The stored entries that were written to, and those that are new."""
@@ -257,10 +293,3 @@ class TorchPriorities:
         if size > old:
             changed.append(torch.arange(old, size))
         return torch.cat(changed) if len(changed) > 1 else changed[0]
-
-
-def _nothing_to_draw(size: int) -> str:
-    return (
-        f"All {size} stored entries were given non-finite values, so none can be drawn; "
-        "check what computes them, and set finite ones with update_priority or refresh."
-    )

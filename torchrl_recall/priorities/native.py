@@ -90,6 +90,12 @@ class NativePriorities:
         values[: self.capacity] = self.values
         self._hold(values)
 
+    def restore(self, values: Tensor) -> None:
+        """Start anew from the values of the first entries; ``-inf``: none yet, NaN: never drawn."""
+        kept = self.values.new_full((self.capacity,), -math.inf)
+        kept[: values.numel()] = values
+        self._hold(kept)
+
     def write(self, index: Tensor, values: Tensor, none: float = math.nan) -> bool:
         """Store values.
 

@@ -396,7 +396,7 @@ int64_t NAME(recall_draw)(recall_priorities *p, const double *uniform, int64_t c
                 importance[first + place[i]] =
                     (float)pow(mixed(p, &m, drawn[i]) / mixed(p, &m, least), -beta);
         }
-        draw_evenly(p, &even_levels, &even_from, num_even, even, chosen);
+        if (num_even) draw_evenly(p, &even_levels, &even_from, num_even, even, chosen);
         for (int64_t i = 0; i < num_even; i++) {
             const int64_t to = first + place[SIDE_BY_SIDE - 1 - i];
             entry[to] = chosen[i];
