@@ -21,6 +21,7 @@ class Form(Structure):
         ("reference", c_double),
         ("rate", c_double),
         ("extra", c_double),
+        ("shift", c_double),
         ("alpha", c_double),
     ]
 

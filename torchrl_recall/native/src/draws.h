@@ -5,8 +5,8 @@
 #include "census.h"
 #include "ranks.h"
 
-/* Mode "per" raises numbers up to 1 to `alpha`. By a power of two, few new maxima change them; a
- * large exponent would make all of them 0. */
+/* Mode "per" raises numbers up to 1 to `alpha`. A power of two makes them so, as few new maxima
+ * change that; but with a large exponent all might become 0. */
 #define LARGE_EXPONENT 64.0
 
 static recall_form form_of(const recall_priorities *p) {
@@ -30,8 +30,10 @@ static recall_form form_of(const recall_priorities *p) {
         int exponent;
         const double largest = p->largest + p->eps;
         frexp(largest, &exponent);
-        f.rate = p->alpha > LARGE_EXPONENT ? 1.0 / largest : ldexp(1.0, -exponent);
-        f.rate = fmin(f.rate, 1e37);
+        f.rate = 1.0;
+        if (p->alpha == 1.0) f.rate = fmin(ldexp(1.0, -exponent), 1e37);
+        else if (p->alpha > LARGE_EXPONENT) f.rate = fmin(1.0 / largest, 1e37);
+        else f.shift = -exponent;
         f.extra = p->eps * f.rate;
     }
     return f;

@@ -50,13 +50,16 @@ INLINE vf v_tanh(vf x) {
     return v_tanh_from(x, size, v_exp(v_mul(size, v_set(-2.0f))));
 }
 
-/* log(x) of a positive normal number, or NaN. */
-INLINE vf v_log(vf x) {
-    /* The exponent of x / sqrt(1/2), so that the rest lies in [sqrt(1/2), sqrt(2)). */
+/* x = 2^k (1 + f) of a positive normal number, with 1 + f in [sqrt(1/2), sqrt(2)). */
+INLINE void v_split(vf x, vf *k, vf *f) {
     vi shifted = vi_sub(v_bits(x), vi_set(0x3f3504f3u));
     vi whole = vi_and(shifted, vi_set(0xff800000u));
-    vf f = v_sub(vi_float(vi_sub(v_bits(x), whole)), v_set(1.0f));
-    vf k = v_mul(vi_convert(whole), v_set(1.1920929e-7f)); /* 2^-23 */
+    *f = v_sub(vi_float(vi_sub(v_bits(x), whole)), v_set(1.0f));
+    *k = v_mul(vi_convert(whole), v_set(1.1920929e-7f)); /* 2^-23 */
+}
+
+/* log(2^k (1 + f)). */
+INLINE vf v_log_of_split(vf k, vf f) {
     vf z = v_mul(f, f);
     vf p = v_set(0.07037682056f); /* 6.5e-8 of the cubic term */
     p = v_fma(p, f, v_set(-0.1151460226f));
@@ -70,8 +73,15 @@ INLINE vf v_log(vf x) {
     vf r = v_mul(v_mul(z, f), p);
     r = v_fma(k, v_set(-2.12194440e-4f), r);
     r = v_fma(z, v_set(-0.5f), r);
+    return v_fma(k, v_set(0.693359375f), v_add(f, r));
+}
+
+/* log(x) of a positive normal number, or NaN. */
+INLINE vf v_log(vf x) {
+    vf k, f;
+    v_split(x, &k, &f);
     /* The bits above hide a NaN; the product brings it back. */
-    return v_fma(x, v_set(0.0f), v_fma(k, v_set(0.693359375f), v_add(f, r)));
+    return v_fma(x, v_set(0.0f), v_log_of_split(k, f));
 }
 
 /* log(1 + e) for e in [0, 1]. */

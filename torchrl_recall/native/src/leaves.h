@@ -46,55 +46,96 @@ INLINE uint32_t entry_classes(const recall_priorities *p, const recall_form *f, 
     return (above & stored) << 16 | (tied & stored);
 }
 
-/* base^exponent of numbers at least 0; 0 where the base is. */
-INLINE vf v_power(vf base, float exponent) {
-    if (exponent == 1.0f) return base;
-    vf power = v_exp(v_mul(v_set(exponent), v_log(base)));
-    return v_select(v_lt(base, v_set(SMALLEST)), v_set(0.0f), power);
+/* (x 2^shift)^exponent of positive normal numbers. */
+INLINE vf v_power(vf x, vf shift, float exponent) {
+    vf k, f;
+    v_split(x, &k, &f);
+    return v_exp(v_mul(v_set(exponent), v_log_of_split(v_add(k, shift), f)));
+}
+
+/* A vector of doubles as floats in [1, 2] and their exponents. */
+INLINE void split_doubles(const double *x, float *part, float *exponent) {
+    for (int j = 0; j < LANES; j++) {
+        uint64_t bits;
+        memcpy(&bits, x + j, sizeof bits);
+        exponent[j] = (float)((int)(bits >> 52 & 0x7ff) - 1023);
+        bits = (bits & 0xfffffffffffffu) | 0x3ff0000000000000u;
+        double one;
+        memcpy(&one, &bits, sizeof one);
+        part[j] = (float)one;
+    }
+}
+
+/* Weights exp((v - reference) rate) of a vector of entries that may be drawn. */
+INLINE vf soft_weights(const recall_priorities *p, const recall_form *f, int64_t first) {
+    if (p->is_double) {
+        const double *v = (const double *)p->values + first;
+        float exponent[LANES];
+        for (int j = 0; j < LANES; j++) exponent[j] = (float)((v[j] - f->reference) * f->rate);
+        return v_exp(v_load(exponent));
+    }
+    const vf v = v_load((const float *)p->values + first);
+    return v_exp(v_mul(v_sub(v, v_set((float)f->reference)), v_set((float)f->rate)));
+}
+
+/* Weights ((|v| rate + extra) 2^shift)^alpha, with |v| = 0 for no value yet. Nothing that may be
+ * drawn rounds to 0: with a small exponent it has its share. */
+INLINE vf sized_weights(const recall_priorities *p, const recall_form *f, int64_t first) {
+    vf size, shift = v_set((float)f->shift);
+    if (p->is_double) {
+        const double *v = (const double *)p->values + first;
+        double x[LANES];
+        float part[LANES], exponent[LANES];
+        for (int j = 0; j < LANES; j++) {
+            x[j] = (v[j] > -INFINITY ? fabs(v[j]) : 0.0) * f->rate + f->extra;
+            x[j] = x[j] > 1e-300 ? x[j] : 1e-300;
+            part[j] = (float)x[j];
+        }
+        if (f->alpha != 1.0) {
+            split_doubles(x, part, exponent);
+            shift = v_add(shift, v_load(exponent));
+        }
+        size = v_load(part);
+    } else {
+        const vf v = v_load((const float *)p->values + first);
+        const vf valued = v_select(v_lt(v_set(-INFINITY), v), v_abs(v), v_set(0.0f));
+        size = v_add(v_mul(valued, v_set((float)f->rate)), v_set((float)f->extra));
+    }
+    size = v_max(v_set(SMALLEST), size);
+    return f->alpha == 1.0 ? size : v_power(size, shift, (float)f->alpha);
+}
+
+/* Which of a vector of entries may be drawn. */
+INLINE vm may_be_drawn(const recall_priorities *p, const recall_form *f, int64_t first) {
+    if (!p->is_double) return v_le(v_set((float)f->least), v_load((const float *)p->values + first));
+    const double *v = (const double *)p->values + first;
+    float drawn[LANES];
+    for (int j = 0; j < LANES; j++) drawn[j] = v[j] >= f->least ? 1.0f : 0.0f;
+    return v_eq(v_load(drawn), v_set(1.0f));
 }
 
 /* The weights of n entries; behind them there is room up to a multiple of FAN, and behind the values
  * there is memory. */
 INLINE void entry_weights(const recall_priorities *p, const recall_form *f, int64_t first, int64_t n,
                           float *weight) {
-    const vf least = v_set((float)f->least), reference = v_set((float)f->reference);
-    const vf rate = v_set((float)f->rate), extra = v_set((float)f->extra);
     for (int64_t j = 0; j < n; j += LANES) {
-        vf may_be_drawn, scaled;
-        if (p->is_double) {
-            const double *v = (const double *)p->values + first + j;
-            float lane[LANES], drawn[LANES];
-            for (int k = 0; k < LANES; k++) {
-                const double size = f->mode == MODE_SOFT ? v[k] - f->reference
-                                    : v[k] > -INFINITY ? fabs(v[k]) : 0.0;
-                lane[k] = (float)(size * f->rate + f->extra);
-                drawn[k] = v[k] >= f->least ? 1.0f : 0.0f;
-            }
-            scaled = v_load(lane);
-            may_be_drawn = v_load(drawn);
-        } else {
-            const vf v = v_load((const float *)p->values + first + j);
-            const vf valued = v_select(v_lt(v_set(-INFINITY), v), v_abs(v), v_set(0.0f));
-            const vf size = f->mode == MODE_SOFT ? v_sub(v, reference) : valued;
-            scaled = v_add(v_mul(size, rate), extra);
-            may_be_drawn = v_select(v_le(least, v), v_set(1.0f), v_set(0.0f));
-        }
-        /* Nothing that may be drawn rounds to 0 in mode "per": with a small exponent it has its
-         * share. */
-        const vf w = f->mode == MODE_SOFT
-            ? v_exp(scaled)
-            : v_power(v_max(v_set(SMALLEST), scaled), (float)f->alpha);
-        v_store(weight + j, v_select(v_eq(may_be_drawn, v_set(1.0f)), w, v_set(0.0f)));
+        const vf w = f->mode == MODE_SOFT ? soft_weights(p, f, first + j)
+                                          : sized_weights(p, f, first + j);
+        v_store(weight + j, v_select(may_be_drawn(p, f, first + j), w, v_set(0.0f)));
     }
     for (int64_t j = n; j % FAN; j++) weight[j] = 0.0f;
 }
 
 /* The weights 1 / rank^alpha of n ranks, in the same way. */
 INLINE void rank_weights(const recall_form *f, int64_t first, int64_t n, float *weight) {
-    for (int64_t j = 0; j < n; j++) weight[j] = 1.0f / (float)(first + j + 1);
+    for (int64_t j = 0; j < n; j++) weight[j] = (float)(first + j + 1);
+    for (int64_t j = n; j % FAN; j++) weight[j] = 1.0f;
+    for (int64_t j = 0; j < n; j += LANES) {
+        const vf rank = v_load(weight + j);
+        v_store(weight + j, f->alpha == 1.0 ? v_div(v_set(1.0f), rank)
+                                            : v_power(rank, v_set(0.0f), (float)-f->alpha));
+    }
     for (int64_t j = n; j % FAN; j++) weight[j] = 0.0f;
-    for (int64_t j = 0; j < n; j += LANES)
-        v_store(weight + j, v_power(v_load(weight + j), (float)f->alpha));
 }
 
 #endif

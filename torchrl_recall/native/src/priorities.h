@@ -19,8 +19,8 @@ typedef struct {
     int64_t sums, mode;
     double least;                 /* entries below it are not drawn; -inf: all but NaN may be */
     double threshold;             /* of SUMS_OF_COUNTS */
-    double reference, rate, extra; /* weight exp((v - reference) rate), or (|v| rate + extra)^alpha */
-    double alpha;
+    double reference, rate;       /* weight exp((v - reference) rate), */
+    double extra, shift, alpha;   /* or ((|v| rate + extra) 2^shift)^alpha */
 } recall_form;
 
 typedef struct {
