@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchrl_recall.priorities.weights import DrawTable, value_weights
+from torchrl_recall.priorities.weights import value_weights
 
 NONE, NAN = -math.inf, math.nan
 CASES = {
@@ -105,20 +105,3 @@ def test_large_alpha_does_not_overflow():
 def test_unknown_mode():
     with pytest.raises(ValueError, match=r"mode must be one of .* got 'best'"):
         value_weights(torch.zeros(2), "best")
-
-
-@pytest.mark.parametrize("weights", [[0.0, 1.0, 0.0], [1e-300, 0.0, 1.0, 0.0], [0.1] * 10])
-def test_draws_stay_within_positive_weights(weights):
-    table = DrawTable.of(torch.tensor(weights, dtype=torch.float64))
-    edges = torch.tensor([0.0, 5e-324, 0.5, 1 - 2**-53], dtype=torch.float64)
-    entry, importance = table.draw(edges, 0.0)
-    assert all(weights[i] > 0 for i in entry.tolist())
-    torch.testing.assert_close(importance, torch.ones(4))
-
-
-def test_draws_split_the_unit_interval_by_weight():
-    table = DrawTable.of(torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64))
-    uniform = torch.tensor([0.0, 0.2499, 0.25, 0.9999], dtype=torch.float64)
-    entry, importance = table.draw(uniform, 2.0)
-    assert entry.tolist() == [0, 0, 2, 2]
-    torch.testing.assert_close(importance, torch.tensor([1.0, 1.0, 1 / 9, 1 / 9]))

@@ -1,6 +1,6 @@
-"""From values to weights to draws, in plain tensors: the arithmetic of `ValuePrioritizedSampler`.
+"""From values to weights, in float64 and at leisure: what each mode of the sampler means.
 
-`sampler.py` calls `value_weights` once per change of values and `DrawTable.draw` once per batch.
+`native.py` and `levels.py` do it fast; tests compare them with `value_weights`.
 """
 
 from __future__ import annotations
@@ -173,36 +173,3 @@ def _rank(v: Tensor, alpha: float) -> Tensor:
     _, group, count = ordered.unique_consecutive(return_inverse=True, return_counts=True)
     mean = by_rank.new_zeros(count.numel()).index_add_(0, group, by_rank) / count
     return torch.empty_like(by_rank).index_copy_(0, order, mean[group])
-
-
-class DrawTable(NamedTuple):
-    """What draws of given weights need."""
-
-    size: int  # number of entries, those of weight 0 included
-    entry: Tensor  # [m] int64, the entries of positive weight; no rounding can draw another one
-    weight: Tensor  # [m] float64
-    cumulative: Tensor  # [m] float64
-
-    @classmethod
-    def of(cls, weights: Tensor) -> DrawTable:
-        """Build the table from weights ``[n]``, float64."""
-        entry = weights.nonzero().squeeze(1)
-        weight = weights[entry]
-        return cls(weights.numel(), entry, weight, weight.cumsum(0))
-
-    def draw(self, uniform: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-        """Turn uniform numbers into entries and their importance weights.
-
-        Args:
-            uniform: ``[B]``, float64, in [0, 1).
-            beta: exponent of the importance weights; 0 makes them 1.
-
-        Returns:
-            Entries ``[B]`` int64, and ``(w / min w)^-beta`` ``[B]`` float32.
-        """
-        position = torch.searchsorted(self.cumulative, uniform * self.cumulative[-1], right=True)
-        position.clamp_(max=self.entry.numel() - 1)
-        importance = torch.ones_like(uniform)
-        if beta > 0:
-            importance = (self.weight[position] / self.weight.min()) ** -beta
-        return self.entry[position], importance.float()

@@ -237,8 +237,10 @@ INLINE void choose_counted_roots(const roots *from, int64_t count, const uint8_t
     const uint64_t *upto = from->upto.counts;
     for (int64_t i = 0; i < count; i++) root[i] = 0;
     for (int64_t step = from->half; step; step /= 2) {
-        for (int64_t i = 0; i < count; i++)
-            root[i] += (uint32_t)(upto[root[i] + step - 1] >> shift[i]) <= rest[i] ? step : 0;
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t up = (uint32_t)(upto[root[i] + step - 1] >> shift[i]) <= rest[i];
+            root[i] += step & -up; /* no branch: where it goes is not to be foreseen */
+        }
     }
     for (int64_t i = 0; i < count; i++)
         rest[i] -= root[i] ? (uint32_t)(upto[root[i] - 1] >> shift[i]) : 0;
