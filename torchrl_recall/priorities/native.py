@@ -224,8 +224,9 @@ class NativePriorities:
         if new.mode == "rank":
             self._allot("order", self.capacity, torch.int32)
             self._allot("spare", self.capacity, torch.int32)
+            self._allot("changed", self.capacity // 64 + 1, torch.int64)
         elif "order" in self._memory:
-            del self._memory["order"], self._memory["spare"]
+            del self._memory["order"], self._memory["spare"], self._memory["changed"]
             state.order_is_valid = 0
         state.has_min_value = new.min_value is not None
         if new.min_value is not None:

@@ -75,8 +75,8 @@ static int64_t prepare(recall_priorities *p) {
     }
     const recall_form f = form_of(p);
     const int by_rank = p->mode == MODE_RANK && p->num_valued;
-    if (by_rank && !p->order_is_valid) {
-        const int64_t status = sort_entries(p);
+    if (by_rank && (!p->order_is_valid || p->num_changed)) {
+        const int64_t status = p->order_is_valid ? sort_changed(p) : sort_entries(p);
         if (status != OK) return status;
     }
     const int64_t num_ranks = by_rank ? num_eligible(p) : 0;
@@ -103,7 +103,10 @@ static int64_t prepare(recall_priorities *p) {
 /* Brings the nodes above some entries up to date; entries beyond the size do not matter. */
 static void follow(recall_priorities *p, const int64_t *index, int64_t count) {
     levels l;
-    p->order_is_valid = p->least_is_valid = 0;
+    p->least_is_valid = 0;
+    for (int64_t i = 0; i < count && p->order_is_valid; i++) {
+        if (index[i] >= 0 && index[i] < p->size) note_change(p, index[i]);
+    }
     if (count > p->size / 8) {
         p->nodes_are_valid = p->nodes_are_valid && p->num_ranks;
         p->eligible_is_valid = 0;
@@ -185,8 +188,8 @@ int64_t NAME(recall_erase)(recall_priorities *p, const int64_t *index, int64_t c
     do {                                                                                          \
         to_type *to = (to_type *)p->values;                                                       \
         const from_type *from = (const from_type *)values, lowest = (from_type)none;              \
-        for (int64_t start = 0; start < count; start += CHUNK) {                                   \
-            const int64_t end = start + CHUNK < count ? start + CHUNK : count;                      \
+        for (int64_t start = 0; start < count; start += CHUNK) {                                  \
+            const int64_t end = start + CHUNK < count ? start + CHUNK : count;                    \
             int32_t bad = 0;                                                                      \
             for (int64_t i = start; i < end; i++) {                                               \
                 const to_type x = (to_type)from[i];                                               \
@@ -218,8 +221,10 @@ int64_t NAME(recall_resize)(recall_priorities *p, int64_t size) {
     const int64_t before = p->size;
     if (size == before) return OK;
     p->size = size;
-    p->order_is_valid = p->least_is_valid = 0;
+    p->least_is_valid = 0;
+    for (int64_t i = before; i < size && p->order_is_valid; i++) note_change(p, i);
     if (size < before || size - before > size / 8) {
+        p->order_is_valid = 0;
         p->census_is_valid = p->threshold_is_valid = p->eligible_is_valid = 0;
         p->nodes_are_valid = p->nodes_are_valid && p->num_ranks;
         return OK;
@@ -313,8 +318,8 @@ static mixture mixture_of(const recall_priorities *p, const levels *l) {
 
 /* Numbers in [0, 1) become entries above the threshold, or at it with the weight `share`. */
 static void draw_counted(const recall_priorities *p, const recall_form *f, const levels *l,
-                         const roots *from, double share, int64_t count, const double *uniform, int64_t *entry,
-                         double *drawn) {
+                         const roots *from, double share, int64_t count,
+                         const double *uniform, int64_t *entry, double *drawn) {
     uint32_t rest[SIDE_BY_SIDE];
     uint8_t shift[SIDE_BY_SIDE];
     const double above = (double)num_above(l), tied = (double)num_tied(l);
@@ -345,7 +350,8 @@ static void draw_evenly(const recall_priorities *p, const levels *l, const roots
 
 /* Numbers in [0, 1) become entries by their weights. */
 static void draw_weighted(const recall_priorities *p, const levels *l, const roots *from,
-                          const mixture *m, int64_t count, double *uniform, int64_t *entry, double *drawn) {
+                          const mixture *m, int64_t count, double *uniform, int64_t *entry,
+                          double *drawn) {
     if (p->form.sums == SUMS_OF_COUNTS) {
         draw_counted(p, &p->form, l, from, m->share, count, uniform, entry, drawn);
         return;

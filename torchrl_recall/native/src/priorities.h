@@ -42,6 +42,8 @@ typedef struct {
     recall_form form, eligible_form;
     void *nodes, *eligible;          /* [recall_num_nodes(capacity)] of 8 bytes */
     uint32_t *order, *spare;         /* MODE_RANK: [capacity], entries by falling value */
+    uint64_t *changed;               /* MODE_RANK: a bit an entry, written since it was ordered */
+    int64_t num_ordered, num_changed;
     int64_t num_ranks;               /* that the nodes are the sums of */
     double least_weight, least_positive_weight;
 } recall_priorities;

@@ -2,6 +2,8 @@
 #ifndef RECALL_RANKS_H
 #define RECALL_RANKS_H
 
+#include <stdlib.h>
+
 #include "levels.h"
 
 #define DIGIT 11 /* bits that are sorted by at a time */
@@ -64,7 +66,74 @@ static int64_t sort_entries(recall_priorities *p) {
         p->order = to;
     }
     free(start);
+    memset(p->changed, 0, (size_t)(p->capacity + 63) / 64 * 8);
+    p->num_changed = 0;
+    p->num_ordered = n;
     p->order_is_valid = 1;
+    return OK;
+}
+
+/* Notes that an entry has another value than when it was ordered. */
+INLINE void note_change(recall_priorities *p, int64_t entry) {
+    uint64_t *word = p->changed + entry / 64, bit = (uint64_t)1 << entry % 64;
+    p->num_changed += !(*word & bit);
+    *word |= bit;
+    /* Some are put in their new places; many are sorted together with all the others. */
+    if (p->num_changed > p->num_ordered / 64) p->order_is_valid = 0;
+}
+
+typedef struct {
+    uint64_t key;
+    uint32_t entry;
+} moved;
+
+static int compare_moved(const void *a, const void *b) {
+    const moved *x = a, *y = b;
+    if (x->key != y->key) return x->key < y->key ? -1 : 1;
+    return x->entry < y->entry ? -1 : x->entry > y->entry;
+}
+
+/* Puts the entries that have changed in their new places, as sorting all would. */
+static int64_t sort_changed(recall_priorities *p) {
+    moved *changed = malloc((size_t)p->num_changed * sizeof *changed);
+    if (!changed) return NO_MEMORY;
+    int64_t n = 0, kept = 0, from = 0;
+    for (int64_t i = 0; i < p->num_ordered; i++) {
+        const uint32_t entry = p->order[i];
+        p->order[kept] = entry;
+        kept += !(p->changed[entry / 64] >> entry % 64 & 1);
+    }
+    for (int64_t word = 0; word < (p->capacity + 63) / 64; word++) {
+        if (!p->changed[word]) continue;
+        for (int64_t i = word * 64; i < word * 64 + 64; i++) {
+            if (!(p->changed[word] >> i % 64 & 1) || i >= p->size) continue;
+            const double value = value_at(p, i);
+            if (!(value == value)) continue;
+            changed[n].key = rank_key(p, i);
+            changed[n++].entry = (uint32_t)i;
+        }
+        p->changed[word] = 0;
+    }
+    qsort(changed, (size_t)n, sizeof *changed, compare_moved);
+    for (int64_t i = 0; i < n; i++) {
+        int64_t low = from, high = kept;
+        while (low < high) {
+            const int64_t middle = low + (high - low) / 2;
+            const moved there = {rank_key(p, p->order[middle]), p->order[middle]};
+            if (compare_moved(&there, changed + i) < 0) low = middle + 1;
+            else high = middle;
+        }
+        memcpy(p->spare + from + i, p->order + from, (size_t)(low - from) * sizeof *p->order);
+        p->spare[low + i] = changed[i].entry;
+        from = low;
+    }
+    memcpy(p->spare + from + n, p->order + from, (size_t)(kept - from) * sizeof *p->order);
+    free(changed);
+    uint32_t *order = p->spare;
+    p->spare = p->order;
+    p->order = order;
+    p->num_ordered = kept + n;
+    p->num_changed = 0;
     return OK;
 }
 
