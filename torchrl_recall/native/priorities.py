@@ -5,6 +5,7 @@ from __future__ import annotations
 from ctypes import Structure, c_double, c_int64, c_void_p
 
 MODES = ("top", "soft", "rank", "per")
+MAX_BAND = 4096
 NOTHING_TO_DRAW = 2
 # What `recall_write` answers to an index that is out of range, and to several values for one index.
 OUT_OF_RANGE, ONE_INDEX = -1, -2
@@ -53,6 +54,12 @@ class Priorities(Structure):
         ("num_above", c_int64),
         ("num_tied", c_int64),
         ("threshold", c_double),
+        ("band_is_valid", c_int64),
+        ("num_over", c_int64),
+        ("num_band", c_int64),
+        ("band_low", c_double),
+        ("band_high", c_double),
+        ("band", c_void_p),
         ("nodes_are_valid", c_int64),
         ("eligible_is_valid", c_int64),
         ("order_is_valid", c_int64),

@@ -69,6 +69,7 @@ class NativePriorities:
         )
         self._address = ctypes.addressof(self._state)
         self._allot("nodes", self._library.recall_num_nodes(self.capacity), torch.float64)
+        self._allot("band", priorities.MAX_BAND, torch.int32)
 
     def _allot(self, name: str, count: int, dtype: torch.dtype) -> None:
         if name not in self._memory:

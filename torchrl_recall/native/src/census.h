@@ -1,48 +1,10 @@
-/* What the stored values are like as a whole: counts, the largest, the threshold of MODE_TOP. */
+/* What the stored values are like as a whole: how many may be drawn, and the largest. */
 #ifndef RECALL_CENSUS_H
 #define RECALL_CENSUS_H
 
-#include <stdlib.h>
-
 #include "leaves.h"
 
-#define FEW 2048   /* values that are a sample, or just partitioned */
 #define CHUNK 8192 /* values whose counts fit narrow counters */
-
-/* Places among the values, for selection.h. */
-enum { ABOVE, AT_HIGH, BETWEEN, AT_LOW };
-
-#define VALUE float
-#define OF(name) name##_float
-#if RECALL_ISA == 512
-#define GATHER                                                                                    \
-    for (; i + LANES <= n; i += LANES) {                                                          \
-        const vf x = v_load(v + i);                                                               \
-        const vm inside = vm_and(v_lt(x, v_set(high)), v_lt(v_set(low), x));                      \
-        v_store(to, _mm512_maskz_compress_ps(inside, x));                                         \
-        to += count_bits(vm_bits(inside));                                                         \
-    }
-#endif
-#include "selection.h"
-#undef GATHER
-#undef VALUE
-#undef OF
-#define VALUE double
-#define OF(name) name##_double
-#include "selection.h"
-#undef VALUE
-#undef OF
-
-/* Finds the threshold of MODE_TOP, and how many lie above it and at it. */
-static int64_t find_threshold(recall_priorities *p) {
-    const int64_t k = p->num_best - 1;
-    p->num_above = 0;
-    const int64_t status = p->is_double
-        ? find_double(p, p->values, p->size, p->num_drawable, k)
-        : find_float(p, p->values, p->size, p->num_drawable, k);
-    p->threshold_is_valid = status == OK;
-    return status;
-}
 
 /* Entries below this value are not drawn, if any is at or above it. */
 INLINE double least_value(const recall_priorities *p) {
@@ -130,6 +92,7 @@ INLINE void recount(recall_priorities *p, double value, int64_t by, double least
     if (p->threshold_is_valid) {
         p->num_above += value > p->threshold ? by : 0;
         p->num_tied += value == p->threshold ? by : 0;
+        p->num_over += value >= p->band_high ? by : 0;
     }
     if (p->mode != MODE_SOFT && p->mode != MODE_PER) return;
     if (!(value >= least)) return;

@@ -2,8 +2,8 @@
 #ifndef RECALL_DRAWS_H
 #define RECALL_DRAWS_H
 
-#include "census.h"
 #include "ranks.h"
+#include "threshold.h"
 
 /* Mode "per" raises numbers up to 1 to `alpha`. A power of two makes them so, as few new maxima
  * change that; but with a large exponent all might become 0. */
@@ -67,7 +67,7 @@ static int64_t prepare(recall_priorities *p) {
     if (!p->num_drawable) return NOTHING_TO_DRAW;
     if (p->mode == MODE_TOP && p->num_valued) {
         const int64_t k = p->num_best - p->num_above;
-        if (!p->threshold_is_valid || k <= 0 || k > p->num_tied) {
+        if (!p->threshold_is_valid || ((k <= 0 || k > p->num_tied) && !move_threshold(p))) {
             const int64_t status = find_threshold(p);
             if (status != OK) return status;
             p->least_is_valid = 0;
@@ -123,10 +123,15 @@ static void follow(recall_priorities *p, const int64_t *index, int64_t count) {
 
 static void set_value(recall_priorities *p, int64_t i, double value, double least) {
     if (!p->census_is_valid) {
-        p->threshold_is_valid = 0;
+        p->threshold_is_valid = p->band_is_valid = 0;
     } else if (i < p->size) {
-        recount(p, value_at(p, i), -1, least);
+        const double before = value_at(p, i);
+        recount(p, before, -1, least);
         recount(p, value, 1, least);
+        if (p->band_is_valid && in_band(p, before) != in_band(p, value)) {
+            if (in_band(p, value)) enter_band(p, i);
+            else leave_band(p, i);
+        }
     }
     if (p->is_double) ((double *)p->values)[i] = value;
     else ((float *)p->values)[i] = (float)value;
@@ -210,7 +215,7 @@ int64_t NAME(recall_refresh)(recall_priorities *p, const void *values, int64_t i
     else if (p->is_double) COPY(double, float);
     else if (is_double) COPY(float, double);
     else COPY(float, float);
-    p->census_is_valid = p->threshold_is_valid = p->eligible_is_valid = 0;
+    p->census_is_valid = p->threshold_is_valid = p->band_is_valid = p->eligible_is_valid = 0;
     p->order_is_valid = p->least_is_valid = 0;
     p->nodes_are_valid = p->nodes_are_valid && p->num_ranks;
     return refused;
@@ -225,17 +230,21 @@ int64_t NAME(recall_resize)(recall_priorities *p, int64_t size) {
     for (int64_t i = before; i < size && p->order_is_valid; i++) note_change(p, i);
     if (size < before || size - before > size / 8) {
         p->order_is_valid = 0;
-        p->census_is_valid = p->threshold_is_valid = p->eligible_is_valid = 0;
+        p->census_is_valid = p->threshold_is_valid = p->band_is_valid = 0;
+        p->eligible_is_valid = 0;
         p->nodes_are_valid = p->nodes_are_valid && p->num_ranks;
         return OK;
     }
     levels l;
     if (p->census_is_valid) {
         const double least = least_value(p);
-        for (int64_t i = before; i < size; i++) recount(p, value_at(p, i), 1, least);
+        for (int64_t i = before; i < size; i++) {
+            recount(p, value_at(p, i), 1, least);
+            if (p->band_is_valid && in_band(p, value_at(p, i))) enter_band(p, i);
+        }
         end_writes(p, least);
     } else {
-        p->threshold_is_valid = 0;
+        p->threshold_is_valid = p->band_is_valid = 0;
     }
     if (p->nodes_are_valid && !p->num_ranks) {
         find_levels(p->capacity, size, p->nodes, &l);

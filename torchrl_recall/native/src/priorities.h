@@ -9,6 +9,8 @@
 
 #include "recall.h"
 
+#define MAX_BAND 4096
+
 enum mode { MODE_TOP, MODE_SOFT, MODE_RANK, MODE_PER };
 /* What the nodes hold: sums of weights, or how many entries lie above a threshold and at it. */
 enum sums { SUMS_OF_WEIGHTS, SUMS_OF_COUNTS };
@@ -37,6 +39,9 @@ typedef struct {
     double largest;                  /* value, in MODE_PER absolute value, of those to be drawn */
     int64_t threshold_is_valid, num_above, num_tied;
     double threshold;
+    int64_t band_is_valid, num_over, num_band; /* entries at or above `band_high`, and between */
+    double band_low, band_high;
+    uint32_t *band;                  /* [MAX_BAND], the entries between */
 
     int64_t nodes_are_valid, eligible_is_valid, order_is_valid, least_is_valid;
     recall_form form, eligible_form;

@@ -60,11 +60,13 @@ static void OF(gather)(const VALUE *v, int64_t n, VALUE high, VALUE low, VALUE *
 }
 
 /* Finds the k-th largest (from 0) of n values, of which `all` > k are not NaN: the threshold, with
- * how many lie at it, and above it beside those that are counted already. */
+ * how many lie at it, and above it beside those that are counted already. The last few, among which
+ * it is found, are the band. */
 static int64_t OF(find)(recall_priorities *p, const VALUE *v, int64_t n, int64_t all, int64_t k) {
     VALUE few[FEW], high = (VALUE)INFINITY, low = -(VALUE)INFINITY;
     int64_t m = 0, counts[4];
     if (n <= FEW) {
+        p->num_over = p->num_above;
         for (int64_t i = 0; i < n; i++) {
             if (v[i] == v[i]) few[m++] = v[i];
         }
@@ -100,6 +102,7 @@ static int64_t OF(find)(recall_priorities *p, const VALUE *v, int64_t n, int64_t
         OF(count)(v, n, high, low, counts);
     }
     p->num_above += counts[ABOVE];
+    p->num_over = -1; /* no band, unless one comes yet */
     if (k < counts[ABOVE] + counts[AT_HIGH]) {
         p->threshold = (double)high;
         p->num_tied = counts[AT_HIGH];
@@ -116,6 +119,8 @@ static int64_t OF(find)(recall_priorities *p, const VALUE *v, int64_t n, int64_t
     VALUE *inside = malloc((size_t)(counts[BETWEEN] + LANES) * sizeof *inside);
     if (!inside) return NO_MEMORY;
     OF(gather)(v, n, high, low, inside);
+    p->band_low = (double)low;
+    p->band_high = (double)high;
     const int64_t status = OF(find)(p, inside, counts[BETWEEN], counts[BETWEEN], k);
     free(inside);
     return status;
