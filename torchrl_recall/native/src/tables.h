@@ -223,24 +223,26 @@ static void draw_group(const group *g, const philox_keys *keys) {
     }
 }
 
-/* Takes the group one step back. */
-static void step_back(group *g, int64_t step) {
+/* Takes the group one step back; `size` and `stride`, of states and of cumulative shares, may be
+ * constants that the compiler knows. */
+INLINE void step_back_by(group *g, int64_t step, int64_t size, int64_t action_stride,
+                         int64_t delta_stride) {
     /* Copies of their own: writes to the outputs could else change what is read through pointers. */
     const tables from = *g->from;
     const recall_call call = *g->call;
-    const int64_t size = g->model->state_size, num_steps = call.num_steps;
+    const int64_t num_steps = call.num_steps;
     const float *uniforms = g->uniforms + step * 3 * GROUP;
     int64_t *const state = call.state, *const next_state = call.next_state;
     int64_t *const actions = call.action;
     const int64_t first = g->first * num_steps + step;
     for (int i = 0; i < g->count; i++) {
         const int64_t s = g->state[i], row_a = s * from.num_actions, at = first + i * num_steps;
-        const int64_t action = look_up(from.action_cumulative + s * from.action_stride,
-                                       from.num_actions, from.action_stride, from.action_total[s],
+        const int64_t action = look_up(from.action_cumulative + s * action_stride,
+                                       from.num_actions, action_stride, from.action_total[s],
                                        uniforms[WORD_ACTION * GROUP + i]);
         const int64_t pair = row_a + action, row_d = pair * from.num_deltas;
-        const int64_t delta = look_up(from.delta_cumulative + pair * from.delta_stride,
-                                      from.num_deltas, from.delta_stride, from.delta_total[pair],
+        const int64_t delta = look_up(from.delta_cumulative + pair * delta_stride,
+                                      from.num_deltas, delta_stride, from.delta_total[pair],
                                       uniforms[WORD_DELTA * GROUP + i]);
         const int64_t before = from.predecessor[s * from.num_deltas + delta];
         const float action_log_prob = from.action_log_prob[pair];
@@ -263,6 +265,14 @@ static void step_back(group *g, int64_t step) {
         call.delta_log_prob[at] = broken ? 0.0f : delta_log_prob;
         call.mask[at] = !(over | broken);
     }
+}
+
+static void step_back(group *g, int64_t step) {
+    const int64_t size = g->model->state_size;
+    const int64_t action_stride = g->from->action_stride, delta_stride = g->from->delta_stride;
+    if (size == 2 && action_stride == COUNTED && delta_stride == COUNTED)
+        step_back_by(g, step, 2, COUNTED, COUNTED); /* a grid */
+    else step_back_by(g, step, size, action_stride, delta_stride);
 }
 
 /* Masks steps whose state comes again later. */
