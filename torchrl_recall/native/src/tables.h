@@ -223,30 +223,36 @@ static void draw_group(const group *g, const philox_keys *keys) {
     }
 }
 
-/* Takes the group one step back; `size` and `stride`, of states and of cumulative shares, may be
- * constants that the compiler knows. */
-INLINE void step_back_by(group *g, int64_t step, int64_t size, int64_t action_stride,
-                         int64_t delta_stride) {
+/* Draws an action and a change for each trace of the group: their places in the tables. The two
+ * strides, of cumulative shares, may be constants that the compiler knows. */
+INLINE void choose_step(const group *g, const float *uniforms, int64_t action_stride,
+                        int64_t delta_stride, int64_t *pair, int64_t *delta) {
+    const tables from = *g->from;
+    for (int i = 0; i < g->count; i++) {
+        const int64_t s = g->state[i];
+        pair[i] = s * from.num_actions +
+                  look_up(from.action_cumulative + s * action_stride, from.num_actions,
+                          action_stride, from.action_total[s], uniforms[WORD_ACTION * GROUP + i]);
+    }
+    for (int i = 0; i < g->count; i++)
+        delta[i] = look_up(from.delta_cumulative + pair[i] * delta_stride, from.num_deltas,
+                           delta_stride, from.delta_total[pair[i]],
+                           uniforms[WORD_DELTA * GROUP + i]);
+}
+
+/* Writes what was drawn, and takes the group there. */
+INLINE void write_choice(group *g, int64_t step, const float *uniforms, int64_t size,
+                         const int64_t *pair, const int64_t *delta) {
     /* Copies of their own: writes to the outputs could else change what is read through pointers. */
     const tables from = *g->from;
     const recall_call call = *g->call;
-    const int64_t num_steps = call.num_steps;
-    const float *uniforms = g->uniforms + step * 3 * GROUP;
     int64_t *const state = call.state, *const next_state = call.next_state;
     int64_t *const actions = call.action;
-    const int64_t first = g->first * num_steps + step;
     for (int i = 0; i < g->count; i++) {
-        const int64_t s = g->state[i], row_a = s * from.num_actions, at = first + i * num_steps;
-        const int64_t action = look_up(from.action_cumulative + s * action_stride,
-                                       from.num_actions, action_stride, from.action_total[s],
-                                       uniforms[WORD_ACTION * GROUP + i]);
-        const int64_t pair = row_a + action, row_d = pair * from.num_deltas;
-        const int64_t delta = look_up(from.delta_cumulative + pair * delta_stride,
-                                      from.num_deltas, delta_stride, from.delta_total[pair],
-                                      uniforms[WORD_DELTA * GROUP + i]);
-        const int64_t before = from.predecessor[s * from.num_deltas + delta];
-        const float action_log_prob = from.action_log_prob[pair];
-        const float delta_log_prob = from.delta_log_prob[row_d + delta];
+        const int64_t s = g->state[i], at = (g->first + i) * call.num_steps + step;
+        const int64_t before = from.predecessor[s * from.num_deltas + delta[i]];
+        const float action_log_prob = from.action_log_prob[pair[i]];
+        const float delta_log_prob = from.delta_log_prob[pair[i] * from.num_deltas + delta[i]];
         const int64_t *coordinates = from.coordinates + before * size;
         int over = g->over[i] | from.dead_end[s], broken = g->broken[i];
         if (from.stop) over |= !(from.stop[s] <= uniforms[WORD_STOP * GROUP + i]);
@@ -260,19 +266,24 @@ INLINE void step_back_by(group *g, int64_t step, int64_t size, int64_t action_st
         if (step) {
             for (int64_t j = 0; j < size; j++) next_state[(at - 1) * size + j] = coordinates[j];
         }
-        actions[at] = action;
+        actions[at] = pair[i] - s * from.num_actions;
         call.action_log_prob[at] = broken ? 0.0f : action_log_prob;
         call.delta_log_prob[at] = broken ? 0.0f : delta_log_prob;
         call.mask[at] = !(over | broken);
     }
 }
 
+/* Takes the group one step back: in short loops, so that many traces are in flight at a time. */
 static void step_back(group *g, int64_t step) {
     const int64_t size = g->model->state_size;
     const int64_t action_stride = g->from->action_stride, delta_stride = g->from->delta_stride;
-    if (size == 2 && action_stride == COUNTED && delta_stride == COUNTED)
-        step_back_by(g, step, 2, COUNTED, COUNTED); /* a grid */
-    else step_back_by(g, step, size, action_stride, delta_stride);
+    const float *uniforms = g->uniforms + step * 3 * GROUP;
+    int64_t pair[GROUP], delta[GROUP];
+    if (action_stride == COUNTED && delta_stride == COUNTED)
+        choose_step(g, uniforms, COUNTED, COUNTED, pair, delta);
+    else choose_step(g, uniforms, action_stride, delta_stride, pair, delta);
+    if (size == 2) write_choice(g, step, uniforms, 2, pair, delta); /* a grid */
+    else write_choice(g, step, uniforms, size, pair, delta);
 }
 
 /* Masks steps whose state comes again later. */
