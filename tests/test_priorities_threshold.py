@@ -90,3 +90,27 @@ def test_periodic_values_do_not_mislead_the_sample(period):
     priorities.refresh(values)
     got = priorities.weights(n, Parameters("top", top=0.03))
     torch.testing.assert_close(got, value_weights(values, "top", top=0.03))
+
+
+def test_unlucky_samples():
+    # Three standard deviations are left about once in four hundred times.
+    n, generator = 5_000, torch.Generator().manual_seed(0)
+    priorities, parameters = NativePriorities(n, torch.float32), Parameters("top", top=0.3)
+    for _ in range(3_000):
+        values = torch.rand(n, generator=generator)
+        priorities.refresh(values)
+        priorities.draw(torch.zeros(1, dtype=torch.float64), n, parameters, 0.0)
+        kth = values.kthvalue(n - best_count(0.3, n) + 1).values.item()
+        assert priorities._state.threshold == kth
+
+
+def test_a_sample_that_says_nothing_of_the_best():
+    # One value is wanted, far above what any sample holds.
+    values = torch.zeros(100_000)
+    values[::3] = -1.0
+    values[17] = 5.0
+    for k in (1, 2, 40_000):
+        priorities = NativePriorities(100_000, torch.float32)
+        priorities.refresh(values)
+        got = priorities.weights(100_000, Parameters("top", top=k / 100_000))
+        torch.testing.assert_close(got, value_weights(values, "top", top=k / 100_000))

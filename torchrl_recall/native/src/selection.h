@@ -84,22 +84,19 @@ static int64_t OF(find)(recall_priorities *p, const VALUE *v, int64_t n, int64_t
         const VALUE x = v[(int64_t)((double)(place >> 11) * 0x1p-53 * (double)n)];
         if (x == x) few[m++] = x;
     }
-    /* Where the wanted one lies in the sample, give or take three standard deviations. */
+    /* Where the wanted one lies in the sample, give or take three standard deviations, or more if
+     * the sample was unlucky. */
     const double share = ((double)k + 0.5) / (double)all, middle = share * (double)m;
-    const double spread = 3.0 * sqrt((double)m * share * (1.0 - share)) + 1.0;
-    const int64_t first = (int64_t)(middle - spread), last = (int64_t)(middle + spread);
-    if (middle >= spread) high = OF(partition)(few, m, first);
-    /* What was partitioned already has the larger ones in front. */
-    if (last < m) {
-        const int64_t done = middle >= spread ? first : 0;
-        low = OF(partition)(few + done, m - done, last - done);
-    }
-    OF(count)(v, n, high, low, counts);
-    if (k < counts[ABOVE] || k >= counts[ABOVE] + counts[AT_HIGH] + counts[BETWEEN] + counts[AT_LOW]) {
-        /* An unlucky sample. */
-        high = (VALUE)INFINITY;
-        low = -(VALUE)INFINITY;
+    double spread = 3.0 * sqrt((double)m * share * (1.0 - share)) + 1.0;
+    for (int is_between = 0; !is_between; spread *= 4.0) {
+        const int64_t first = (int64_t)fmax(middle - spread, 0.0);
+        const int64_t last = (int64_t)fmin(middle + spread, (double)m);
+        high = middle >= spread ? OF(partition)(few, m, first) : (VALUE)INFINITY;
+        /* What is partitioned has the larger ones in front. */
+        low = last < m ? OF(partition)(few + first, m - first, last - first) : -(VALUE)INFINITY;
         OF(count)(v, n, high, low, counts);
+        is_between = k >= counts[ABOVE] &&
+                     k < counts[ABOVE] + counts[AT_HIGH] + counts[BETWEEN] + counts[AT_LOW];
     }
     p->num_above += counts[ABOVE];
     p->num_over = -1; /* no band, unless one comes yet */
@@ -121,7 +118,16 @@ static int64_t OF(find)(recall_priorities *p, const VALUE *v, int64_t n, int64_t
     OF(gather)(v, n, high, low, inside);
     p->band_low = (double)low;
     p->band_high = (double)high;
-    const int64_t status = OF(find)(p, inside, counts[BETWEEN], counts[BETWEEN], k);
+    int64_t status = OK;
+    if (counts[BETWEEN] < all) {
+        status = OF(find)(p, inside, counts[BETWEEN], counts[BETWEEN], k);
+    } else { /* the same sample would tell the same again */
+        high = OF(partition)(inside, all, k);
+        OF(count)(inside, all, high, high, counts);
+        p->threshold = (double)high;
+        p->num_above += counts[ABOVE];
+        p->num_tied = counts[AT_HIGH];
+    }
     free(inside);
     return status;
 }
