@@ -6,7 +6,7 @@ one before. What an update puts off to the next draw is in ``update 256, draw 25
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -106,12 +106,12 @@ class Field(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=SIZES)
-def field(request: pytest.FixtureRequest) -> Iterator[Field]:
+def field(request: pytest.FixtureRequest) -> Field:
     """Build all contenders of a size once for all operations."""
     size = SIZES[request.param]
     values, storage = torch.rand(size), stored(size)
     (own, refused), (others, absent) = our_samplers(values, storage), samplers(values, storage)
-    yield Field(request.param, size, {**own, **others}, {**refused, **absent}, News(size))
+    return Field(request.param, size, {**own, **others}, {**refused, **absent}, News(size))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -68,7 +68,8 @@ class CpprbBuffer:
     """cpprb's `PrioritizedReplayBuffer`.
 
     It has no sampler of its own, so a draw also gathers what is stored: one byte an entry. A draw
-    takes one number of each of ``count`` equal shares of the sum, hence in rising order.
+    takes one number of each of ``count`` equal shares of the sum, hence in rising order, and lies in
+    memory that the next one overwrites.
 
     Args:
         values (Tensor): ``[n]``, the first priorities.
