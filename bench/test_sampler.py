@@ -35,9 +35,7 @@ pytestmark = pytest.mark.usefixtures("cpu_only")
 def stored(size: int) -> LazyTensorStorage:
     """Return a full storage with one byte for each entry."""
     storage = LazyTensorStorage(size)
-    storage.set(
-        torch.arange(size), TensorDict({"row": torch.zeros(size, dtype=torch.uint8)}, [size])
-    )
+    storage.set(slice(0, size), TensorDict({"row": torch.zeros(size, dtype=torch.uint8)}, [size]))
     return storage
 
 

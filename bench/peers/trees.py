@@ -68,8 +68,8 @@ class CpprbBuffer:
     """cpprb's `PrioritizedReplayBuffer`.
 
     It has no sampler of its own, so a draw also gathers what is stored: one byte an entry. A draw
-    takes one number of each of ``count`` equal shares of the sum, hence in rising order, and lies in
-    memory that the next one overwrites.
+    takes one number of each of ``count`` equal shares of the sum, hence in rising order; the next
+    draw overwrites it.
 
     Args:
         values (Tensor): ``[n]``, the first priorities.
