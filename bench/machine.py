@@ -26,7 +26,7 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
         dict: for the result file.
     """
     device = torch.device(device)
-    peers = {name: _version(name) for name in ("jax", "mbrl")}
+    peers = {name: _version(name) for name in ("jax", "mbrl", "cpprb")}
     return {
         "processor": _processor(),
         "count": os.cpu_count(),

@@ -19,13 +19,16 @@ from bench.machine import RESULTS
 MATRICES = {
     "traces": "time / `sample_traces`",
     "variants": "time / `sample_traces` without",
+    "sampler of 1e6": "time / `ValuePrioritizedSampler`, 1e6 entries",
+    "sampler of 1e5": "time / `ValuePrioritizedSampler`, 1e5 entries",
+    "sampler sizes": "entries, time / that of 1e6",
     "threads": "time / two threads",
     "scaling": "time / `sample_traces` around M",
 }
 
 
 def group(record: dict[str, Any]) -> str:
-    """Return what a case belongs to: the first word of its name."""
+    """Return what a case belongs to: its name up to the first comma."""
     return record["case"].partition(", ")[0]
 
 
@@ -56,6 +59,12 @@ def matrices(content: dict[str, Any]) -> list[str]:
         for axis in axes:
             tables.append(matrix([r for r in records if r.get("axis") == axis], corner))
     return tables
+
+
+def in_readme(content: dict[str, Any]) -> list[str]:
+    """Return the tables that the README shows: traces, their variants, the sampler."""
+    shown = list(MATRICES)[:3]
+    return matrices({"records": [r for r in content["records"] if group(r) in shown]})
 
 
 def matrix(records: list[dict[str, Any]], corner: str) -> str:
@@ -89,6 +98,8 @@ def rest(content: dict[str, Any]) -> str:
         for other in others:
             bar = record.get("bar", {}).get(other)
             allowed = "" if bar is None else f", at most {bar}"
+            if other in record.get("at_least", {}):
+                allowed = f", at least {record['at_least'][other]}"
             lines.append(_row([record["case"], ours, other, _cell(record, other) + allowed]))
     return "\n".join(lines) if len(lines) > 2 else ""
 

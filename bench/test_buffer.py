@@ -1,6 +1,6 @@
-"""Replay buffer: what traces cost in a sample, and a draw of `ValuePrioritizedSampler`.
+"""Replay buffer: what traces cost in a sample.
 
-The buffer case has size M of the traces: 1024 transitions, 16 steps, networks of width 256. A whole
+The case has size M of the traces: 1024 transitions, 16 steps, networks of width 256. A whole
 sample may cost `BAR` times as much as its traces.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import LazyTensorStorage, PrioritizedSampler, TensorDictReplayBuffer
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from bench.cases import SIZES
 from torchrl_recall import (
@@ -22,8 +22,6 @@ from torchrl_recall import (
 )
 
 CAPACITY = 10_000
-LARGE = 1_000_000
-DRAWS = 256
 BAR = 1.15
 
 pytestmark = pytest.mark.usefixtures("cpu_only")
@@ -70,29 +68,3 @@ def test_sample(take_turns: Callable) -> None:
     batch = recall.sample()
     assert batch["trace"].shape == (size.rows, size.num_steps)
     assert bool(torch.isfinite(batch["trace", "observation"]).all())
-
-
-@pytest.mark.parametrize("mode", ["top", "soft", "per"])
-def test_draw(mode: str, take_turns: Callable) -> None:
-    try:
-        peer = PrioritizedSampler(LARGE, alpha=1.0, beta=0.0)
-    except Exception as error:
-        pytest.skip(f"TorchRL's PrioritizedSampler cannot be built here: {error}")
-    ours = ValuePrioritizedSampler(LARGE, mode=mode)
-    values, storage = torch.rand(LARGE), LazyTensorStorage(LARGE)
-    storage.set(range(LARGE), TensorDict({"value": values}, [LARGE]))
-    ours.refresh(values)
-    peer.extend(torch.arange(LARGE))
-    peer.update_priority(torch.arange(LARGE), values)
-    take_turns(
-        f"sampler, draw {DRAWS} of 1 M, {mode}",
-        {
-            "ValuePrioritizedSampler": lambda: ours.sample(storage, DRAWS),
-            "PrioritizedSampler": lambda: peer.sample(storage, DRAWS),
-        },
-        rounds=50,
-    )
-    for sampler in (ours, peer):
-        index = torch.as_tensor(sampler.sample(storage, DRAWS)[0])
-        assert index.shape == (DRAWS,)
-        assert 0 <= int(index.min()) <= int(index.max()) < LARGE

@@ -8,15 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
+from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage
 
 from bench import floor, peers
 from bench.agreement import assert_standard_normal, reference
 from bench.cases import SIZES, Size, build
 from bench.machine import describe, result_file
+from bench.our_samplers import IN_TORCH, MODES, our_samplers
 from bench.ours import variants
-from bench.peers import Unavailable, loop, mbrl_env, walker, walks
+from bench.peers import Unavailable, loop, mbrl_env, trees, walker, walks
 from bench.peers.plain import plain_step, walk
 from bench.report import main, table
 from bench.turns import Turns, quartiles
@@ -105,6 +110,57 @@ def test_peers_that_cannot_run_are_left_out_by_name(monkeypatch):
 def test_mbrl_is_for_continuous_states():
     with pytest.raises(Unavailable, match="continuous"):
         mbrl_env.walker(*build("four rooms"), 2)
+
+
+DRAWN = 64
+BY_VALUE = {"mode per", "mode per, in torch", *trees.SAMPLERS}
+
+
+def contenders_of_the_sampler():
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 TorchRL's sampler draws from this one
+    storage = LazyTensorStorage(DRAWN)
+    storage.set(torch.arange(DRAWN), TensorDict({"row": torch.zeros(DRAWN)}, [DRAWN]))
+    values = torch.rand(DRAWN)
+    (own, refused), (others, absent) = (
+        our_samplers(values, storage),
+        trees.samplers(values, storage),
+    )
+    return own | others, refused | absent
+
+
+@pytest.mark.parametrize("name", sorted(BY_VALUE))
+def test_the_samplers_draw_by_value_after_refresh_and_update(name):
+    built, skipped = contenders_of_the_sampler()
+    if name in skipped:
+        pytest.skip(skipped[name])
+    sampler = built[name]
+    values = torch.rand(DRAWN)
+    sampler.refresh(values)
+    index, some = torch.tensor([3, 60, 17]), torch.tensor([3.0, 0.5, 2.0])
+    values[index] = some
+    sampler.update(index, some)
+    # cpprb hands out the same memory each time.
+    drawn = torch.cat([sampler.draw(256).clone() for _ in range(100)])
+    assert drawn.dtype == torch.int64
+    expected = values.double() / values.sum() * drawn.numel()
+    # cpprb takes a number of each part of the sum, hence comes closer than chance would; its seed
+    # cannot be set.
+    statistic = ((drawn.bincount(minlength=DRAWN) - expected) ** 2 / expected).sum().item()
+    assert scipy.stats.chi2.sf(statistic, DRAWN - 1) > 1e-4
+
+
+def test_all_samplers_are_there_or_left_out_by_name(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no trees\nhere")
+
+    monkeypatch.setitem(sys.modules, "cpprb", None)
+    monkeypatch.setattr(trees, "PrioritizedSampler", broken)
+    built, skipped = contenders_of_the_sampler()
+    assert set(built) | set(skipped) == {*MODES, *IN_TORCH, *trees.SAMPLERS}
+    assert next(iter(built)) == "mode per"
+    assert skipped["cpprb"].startswith("cpprb is not installed")
+    assert skipped["TorchRL PrioritizedSampler"] == "its extension does not load: no trees"
 
 
 def test_our_own_options_that_the_library_refuses_are_left_out_by_name():
@@ -234,12 +290,27 @@ def hand_made():
         "ratios": {"sample_traces alone": 1.0, "with traces": 1.05},
         "bar": {"with traces": 1.15},
     }
-    return {"machine": machine, "records": [small, rooms, *scaling[:2], buffer, *scaling[2:]]}
+    sampler = {
+        "case": "sampler of 1e6, update 256, draw 256",
+        "ratios": {"mode per": 1.0, "cpprb": 7.25},
+        "intervals": {"cpprb": [7.0, 7.5]},
+    }
+    sizes = {"case": "sampler sizes, refresh (per)", "ratios": {"1e6": 1.0, "1e7": 10.0}}
+    through_buffer = {
+        "case": "buffer of 1e6, sample(256)",
+        "ratios": {"mode per": 1.0, "cpprb": 2.5},
+        "at_least": {"cpprb": 0.95},
+    }
+    drawn = [sampler, sizes, through_buffer]
+    return {
+        "machine": machine,
+        "records": [small, rooms, *scaling[:2], buffer, *drawn, *scaling[2:]],
+    }
 
 
 def test_the_tables_from_a_result_file():
     content = hand_made()
-    content["records"] = content["records"][:5]
+    content["records"] = content["records"][:8]
     assert (
         table(content)
         == """\
@@ -251,6 +322,14 @@ Abacus, 2 CPUs, 1 thread in use; device cpu; torch 2, torchrl 0.14, jax 0.10; Py
 | JAX jit(scan) | 3.50 [3.40, 3.60] |  |
 | the floor | 0.800 |  |
 
+| time / `ValuePrioritizedSampler`, 1e6 entries | update 256, draw 256 |
+|---|---|
+| cpprb | 7.25 [7.00, 7.50] |
+
+| entries, time / that of 1e6 | refresh (per) |
+|---|---|
+| 1e7 | 10.0 |
+
 | time / `sample_traces` around M | B 4 | B 16 |
 |---|---|---|
 | TorchRL rollout | 2.00 | 2.00 |
@@ -259,6 +338,7 @@ Abacus, 2 CPUs, 1 thread in use; device cpu; torch 2, torchrl 0.14, jax 0.10; Py
 | case | ours | other | time of the other / ours |
 |---|---|---|---|
 | buffer, sample | sample_traces alone | with traces | 1.05, at most 1.15 |
+| buffer of 1e6, sample(256) | mode per | cpprb | 2.50, at least 0.95 |
 
 Left out: CUDA graph (S, four rooms: needs a CUDA device)."""
     )
