@@ -17,18 +17,18 @@ INLINE double magnitude(const recall_priorities *p, double value) {
     return value == -INFINITY ? 0.0 : fabs(value);
 }
 
-/* Counts sixteen values at a time as floats, or as doubles one by one. */
-static void count_values(recall_priorities *p) {
-    const int64_t whole = p->is_double ? 0 : p->size / LANES * LANES;
+/* Counts a vector of floats at a time, or doubles one by one. */
+static void count_values(recall_priorities *p, int64_t from, int64_t to) {
+    const int64_t whole = p->is_double ? from : from + (to - from) / LANES * LANES;
     const vf none = v_set(-INFINITY), enough = v_set((float)p->min_value);
-    for (int64_t i = 0; i < whole; i += LANES) {
+    for (int64_t i = from; i < whole; i += LANES) {
         const vf v = v_load((const float *)p->values + i);
         const vm valued = v_lt(none, v);
         p->num_drawable += count_bits(vm_bits(v_eq(v, v)));
         p->num_valued += count_bits(vm_bits(valued));
         p->num_enough += count_bits(vm_bits(vm_and(valued, v_le(enough, v))));
     }
-    for (int64_t i = whole; i < p->size; i++) {
+    for (int64_t i = whole; i < to; i++) {
         const double v = value_at(p, i);
         p->num_drawable += v == v;
         p->num_valued += v > -INFINITY;
@@ -46,38 +46,64 @@ INLINE vf magnitudes(vf v, vf least, int by_size) {
     return v_select(v_le(least, v), v, none);
 }
 
-static void find_largest(recall_priorities *p) {
-    const int64_t whole = p->is_double ? 0 : p->size / LANES * LANES;
+/* Looks for the largest among some more values, and counts it. */
+static void find_largest(recall_priorities *p, int64_t from, int64_t to, double least) {
+    const int64_t whole = p->is_double ? from : from + (to - from) / LANES * LANES;
     const int by_size = p->mode == MODE_PER;
-    const double least = least_value(p);
     const float *values = (const float *)p->values;
     const vf lowest = v_set((float)least);
     float lane[LANES];
     vf most = v_set(-INFINITY);
-    for (int64_t i = 0; i < whole; i += LANES)
+    for (int64_t i = from; i < whole; i += LANES)
         most = v_max(most, magnitudes(v_load(values + i), lowest, by_size));
     v_store(lane, most);
     double largest = -INFINITY;
     for (int j = 0; j < LANES; j++) largest = lane[j] > largest ? lane[j] : largest;
-    for (int64_t i = whole; i < p->size; i++) {
+    for (int64_t i = whole; i < to; i++) {
         const double v = value_at(p, i), size = v >= least ? magnitude(p, v) : -INFINITY;
         largest = size > largest ? size : largest;
     }
+    if (largest < p->largest) return;
+    if (largest > p->largest) p->num_largest = 0;
+    p->largest = largest;
     most = v_set((float)largest);
-    for (int64_t i = 0; i < whole; i += LANES)
+    for (int64_t i = from; i < whole; i += LANES)
         p->num_largest +=
             count_bits(vm_bits(v_eq(most, magnitudes(v_load(values + i), lowest, by_size))));
-    for (int64_t i = whole; i < p->size; i++) {
+    for (int64_t i = whole; i < to; i++) {
         const double v = value_at(p, i);
         p->num_largest += v >= least && magnitude(p, v) == largest;
     }
-    p->largest = largest;
+}
+
+static void begin_census(recall_priorities *p) {
+    p->num_drawable = p->num_valued = p->num_enough = p->num_largest = 0;
+    p->largest = -INFINITY;
+}
+
+INLINE int needs_largest(const recall_priorities *p) {
+    return p->mode == MODE_SOFT || p->mode == MODE_PER;
+}
+
+/* Takes some more values in, while they are in the cache; not where a least value decides, once all
+ * are counted, which of them may be drawn. */
+static void take_in(recall_priorities *p, int64_t from, int64_t to) {
+    count_values(p, from, to);
+    if (needs_largest(p)) find_largest(p, from, to, -INFINITY);
 }
 
 static void take_census(recall_priorities *p) {
-    p->num_drawable = p->num_valued = p->num_enough = p->num_largest = 0;
-    count_values(p);
-    if (p->mode == MODE_SOFT || p->mode == MODE_PER) find_largest(p);
+    begin_census(p);
+    for (int64_t from = 0; from < p->size; from += CHUNK) {
+        const int64_t to = from + CHUNK < p->size ? from + CHUNK : p->size;
+        if (p->has_min_value) count_values(p, from, to);
+        else take_in(p, from, to);
+    }
+    if (p->has_min_value && needs_largest(p)) {
+        const double least = least_value(p);
+        for (int64_t from = 0; from < p->size; from += CHUNK)
+            find_largest(p, from, from + CHUNK < p->size ? from + CHUNK : p->size, least);
+    }
     p->census_is_valid = 1;
 }
 
@@ -94,7 +120,7 @@ INLINE void recount(recall_priorities *p, double value, int64_t by, double least
         p->num_tied += value == p->threshold ? by : 0;
         p->num_over += value >= p->band_high ? by : 0;
     }
-    if (p->mode != MODE_SOFT && p->mode != MODE_PER) return;
+    if (!needs_largest(p)) return;
     if (!(value >= least)) return;
     const double size = magnitude(p, value);
     if (by > 0 && size > p->largest) {

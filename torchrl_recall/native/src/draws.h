@@ -140,8 +140,7 @@ static void set_value(recall_priorities *p, int64_t i, double value, double leas
 /* What was counted holds only while the same entries may be drawn, and while there is still one of
  * the largest value. */
 static void end_writes(recall_priorities *p, double least) {
-    const int by_size = p->mode == MODE_SOFT || p->mode == MODE_PER;
-    if (least_value(p) != least || (by_size && p->num_largest <= 0)) p->census_is_valid = 0;
+    if (least_value(p) != least || (needs_largest(p) && p->num_largest <= 0)) p->census_is_valid = 0;
 }
 
 int64_t NAME(recall_write)(recall_priorities *, const int64_t *, const void *, int64_t, int64_t,
@@ -193,16 +192,11 @@ int64_t NAME(recall_erase)(recall_priorities *p, const int64_t *index, int64_t c
     do {                                                                                          \
         to_type *to = (to_type *)p->values;                                                       \
         const from_type *from = (const from_type *)values, lowest = (from_type)none;              \
-        for (int64_t start = 0; start < count; start += CHUNK) {                                  \
-            const int64_t end = start + CHUNK < count ? start + CHUNK : count;                    \
-            int32_t bad = 0;                                                                      \
-            for (int64_t i = start; i < end; i++) {                                               \
-                const to_type x = (to_type)from[i];                                               \
-                const int is_bad = !(x - x == 0);                                                 \
-                to[i] = is_bad ? (to_type)NAN : from[i] == lowest ? -(to_type)INFINITY : x;       \
-                bad += is_bad;                                                                    \
-            }                                                                                     \
-            refused += bad;                                                                       \
+        for (int64_t i = start; i < end; i++) {                                                   \
+            const to_type x = (to_type)from[i];                                                   \
+            const int is_bad = !(x - x == 0);                                                     \
+            to[i] = is_bad ? (to_type)NAN : from[i] == lowest ? -(to_type)INFINITY : x;           \
+            bad += is_bad;                                                                        \
         }                                                                                         \
     } while (0)
 
@@ -211,11 +205,20 @@ int64_t NAME(recall_refresh)(recall_priorities *p, const void *values, int64_t i
                              int64_t count, double none) {
     int64_t refused = 0;
     if (count > p->capacity) return -1;
-    if (p->is_double && is_double) COPY(double, double);
-    else if (p->is_double) COPY(double, float);
-    else if (is_double) COPY(float, double);
-    else COPY(float, float);
-    p->census_is_valid = p->threshold_is_valid = p->band_is_valid = p->eligible_is_valid = 0;
+    const int with_census = count >= p->size && !p->has_min_value;
+    begin_census(p);
+    for (int64_t start = 0; start < count; start += CHUNK) {
+        const int64_t end = start + CHUNK < count ? start + CHUNK : count;
+        int32_t bad = 0;
+        if (p->is_double && is_double) COPY(double, double);
+        else if (p->is_double) COPY(double, float);
+        else if (is_double) COPY(float, double);
+        else COPY(float, float);
+        refused += bad;
+        if (with_census && start < p->size) take_in(p, start, end < p->size ? end : p->size);
+    }
+    p->census_is_valid = with_census;
+    p->threshold_is_valid = p->band_is_valid = p->eligible_is_valid = 0;
     p->order_is_valid = p->least_is_valid = 0;
     p->nodes_are_valid = p->nodes_are_valid && p->num_ranks;
     return refused;
