@@ -173,7 +173,9 @@ class WeightTable:
             return torch.ones_like(entry, dtype=torch.float32)
         weight, least = self._weights.index_select(0, entry).double(), self._least.least.double()
         if self._counts is not None:
-            scale, offset = (1 - share) / self._sums.total, share / self._counts.total
+            # Never 0 by rounding: it may be the least probability, by which others are divided.
+            offset = (share / self._counts.total).clamp_(min=torch.finfo(torch.float64).tiny)
+            scale = (1 - share) / self._sums.total
             weight, least = weight * scale + offset, least * scale + offset
         return (weight / least).pow_(-beta).float()
 
@@ -206,9 +208,16 @@ class WeightTable:
         """1.0 for entries that cannot be drawn, whose weights the least leaves out."""
         return (1 - drawable.float()) if self._counts is not None else (weights == 0).float()
 
+    def _min_value(self) -> float | None:
+        """The parameter, rounded as the values are; "no value yet" is below every number."""
+        least, dtype = self.parameters.min_value, self._values.dtype
+        if least is None:
+            return None
+        return max(torch.tensor(least, dtype=dtype).item(), torch.finfo(dtype).min)
+
     def _floor(self) -> float | Tensor:
         """The least value to draw, `-inf` if none reaches the given one."""
-        least = self.parameters.min_value
+        least = self._min_value()
         if least is None:
             return -math.inf
         largest = self._largest(False, -math.inf)
@@ -250,7 +259,7 @@ class WeightTable:
 
     def _reference_stays(self, values: Tensor, finite: bool) -> bool:
         """Whether the reference of all is the same after some entries took on these values."""
-        least, floor = self.parameters.min_value, self._reference.floor
+        least, floor = self._min_value(), self._reference.floor
         if least is not None and floor == -math.inf and bool((values >= least).any()):
             return False
         if self.parameters.mode == "top":  # it stays as long as no entry changes sides
