@@ -23,7 +23,6 @@ LANES = 64
 _PIECE = 1 << 15
 
 
-
 class Reference(NamedTuple):
     """What weights are relative to: numbers, or 0-dimensional tensors where a GPU has them."""
 

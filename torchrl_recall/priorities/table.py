@@ -150,8 +150,13 @@ class WeightTable:
         if self._counts is not None:
             drawable = self._values[: self.size] >= self._reference.floor
             weights *= (1 - share) / self._sums.total
-            weights += drawable * (share / self._counts.total)
+            weights += drawable * self._even(share)
         return weights
+
+    def _even(self, share: float) -> Tensor:
+        """The uniform part of a probability; not rounded to 0, as the least of all divides."""
+        assert self._counts is not None
+        return (share / self._counts.total).clamp_(min=torch.finfo(torch.float64).tiny)
 
     def draw(self, uniform: Tensor, share: float) -> Tensor:
         """Draw entries, ``[B]`` int64, from uniform numbers ``[B]`` float64."""
@@ -173,9 +178,7 @@ class WeightTable:
             return torch.ones_like(entry, dtype=torch.float32)
         weight, least = self._weights.index_select(0, entry).double(), self._least.least.double()
         if self._counts is not None:
-            # Never 0 by rounding: it may be the least probability, by which others are divided.
-            offset = (share / self._counts.total).clamp_(min=torch.finfo(torch.float64).tiny)
-            scale = (1 - share) / self._sums.total
+            scale, offset = (1 - share) / self._sums.total, self._even(share)
             weight, least = weight * scale + offset, least * scale + offset
         return (weight / least).pow_(-beta).float()
 
