@@ -49,7 +49,7 @@ class History:
     """A buffer, and random numbers that decide what is done to it."""
 
     def __init__(self, storage, seed):
-        self.random = random.Random(seed)  # noqa: S311
+        self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.two = storage == "two dimensions"
         dtype = (torch.float32, torch.float64)[seed % 2]

@@ -117,8 +117,8 @@ def test_steps_that_are_barred_are_left_out():
     assert_draws(rb, of_steps({2: 1}))
     rb.sampler.top = 1.0
     assert_draws(rb, [1 / 2, 0, 1 / 2, 1 / 2, 1 / 2, *[1 / 4] * 4, 0])
+    refreshed = ValuePrioritizedSampler(10, trajectory_key=KEY)
     with pytest.warns(UserWarning, match="not finite"):
-        refreshed = ValuePrioritizedSampler(10, trajectory_key=KEY)
         refreshed.refresh(torch.full((10,), NAN))
     rb.set_sampler(refreshed)
     with pytest.raises(RuntimeError, match="non-finite"):
@@ -150,7 +150,7 @@ def test_missing_key_and_wrong_entry():
         storage=LazyTensorStorage(4), sampler=ValuePrioritizedSampler(4, trajectory_key="ids")
     )
     rb.extend(TensorDict({"x": torch.zeros(4), "two": torch.zeros(4, 2)}, [4]))
-    with pytest.raises(KeyError, match="no entry 'ids' in the storage, among .*two"):
+    with pytest.raises(KeyError, match=r"no entry 'ids' in the storage, among .*two"):
         rb.sample(2)
     rb.sampler.trajectory_key = "two"
     with pytest.raises(ValueError, match="'two' must hold one number for each of 4"):
