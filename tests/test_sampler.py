@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from engines import ENGINES, choose_engine
 from scipy.stats import chisquare
 from tensordict import TensorDict
 from torchrl.data import (
@@ -28,6 +29,7 @@ DRAWS = 20_000
 VALUES = [-3.0, -1.0, -1.0, 2.0, 5.0, 5.0, 0.0, -7.0]
 RANK = {5: (1 + 2**-1.5) / 2, 2: 3**-1.5, 0: 4**-1.5, -1: (5**-1.5 + 6**-1.5) / 2}
 RANK |= {-3: 7**-1.5, -7: 8**-1.5}
+SHARE = [0, 0, 0, 0.4 / 3, 0.3 + 0.4 / 3, 0.3 + 0.4 / 3, 0, 0]
 MODES = {
     "top": ({"top": 0.5}, [0, 0, 0, 1, 1, 1, 1, 0]),
     "top, ties": ({"top": 0.6}, [0, 0.5, 0.5, 1, 1, 1, 1, 0]),
@@ -36,6 +38,8 @@ MODES = {
     "rank": ({"mode": "rank", "alpha": 1.5}, [RANK[v] for v in VALUES]),
     "per": ({"mode": "per", "alpha": 0.6}, [(abs(v) + 1e-8) ** 0.6 for v in VALUES]),
     "min_value": ({"mode": "soft", "min_value": 1}, [0, 0, 0, 1, math.e**3, math.e**3, 0, 0]),
+    "share": ({"top": 0.25, "uniform_share": 0.4}, [1 / 20] * 4 + [7 / 20] * 2 + [1 / 20] * 2),
+    "share, min_value": ({"top": 0.2, "uniform_share": 0.4, "min_value": 1}, SHARE),
 }
 modes = pytest.mark.parametrize(("parameters", "weights"), MODES.values(), ids=MODES.keys())
 
@@ -85,9 +89,16 @@ def assert_draws(rb, weights):
 # Distributions
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @modes
-def test_distribution(parameters, weights):
-    assert_draws(buffer(VALUES, **parameters), weights)
+def test_distribution(monkeypatch, engine, parameters, weights):
+    choose_engine(monkeypatch, engine)
+    rb = buffer(VALUES, **parameters)
+    assert type(rb.sampler._priorities) is ENGINES[engine]
+    assert_draws(rb, weights)
+    got, expected = rb.sampler.weights(8), torch.tensor(weights, dtype=torch.float64)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got / got.sum(), expected / expected.sum(), rtol=1e-5, atol=0)
 
 
 @modes

@@ -31,6 +31,7 @@ PARAMETERS = {
     "temperature": 2.0,
     "min_value": -1.5,
     "eps": 1e-3,
+    "uniform_share": 0.125,
 }
 
 
@@ -76,7 +77,10 @@ def test_is_torchrls_sampler_and_needs_no_extension(caplog):
     assert (sampler.alpha, sampler.beta, sampler.mode) == (1.0, 0.0, "top")
     assert (sampler.max_size, sampler.device) == (3, torch.device("cpu"))
     assert sampler.default_priority == torch.finfo(torch.float32).min
-    assert "ValuePrioritizedSampler(max_capacity=3, mode='top', top=0.1" in repr(sampler)
+    assert repr(sampler) == (
+        "ValuePrioritizedSampler(max_capacity=3, mode='top', top=0.1, temperature=1.0, "
+        "min_value=None, alpha=1.0, eps=1e-08, uniform_share=0.0, beta=0.0)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,9 +109,11 @@ def test_schedulers(rb):
     linear = LinearScheduler(rb, "beta", final_value=1.0, num_steps=3)
     halving = LambdaScheduler(rb, "temperature", lambda step: 0.5**step)
     steps = StepScheduler(rb, "top", gamma=0.5, n_steps=1, min_value=0.1)
+    share = LinearScheduler(rb, "uniform_share", final_value=0.5, num_steps=3)
     for _ in range(3):
-        for scheduler in (linear, halving, steps):
+        for scheduler in (linear, halving, steps, share):
             scheduler.step()
+    assert rb.sampler.uniform_share == pytest.approx(0.5)
     assert rb.sampler.beta == pytest.approx(1.0)
     assert rb.sampler.temperature == pytest.approx(0.25)
     assert rb.sampler.top == pytest.approx(0.1)
@@ -241,8 +247,16 @@ def test_refuses_to_be_sent_to_a_spawned_process():
     ("change", "error", "match"),
     [
         ({"_schema_version": 99}, ValueError, "_schema_version must be 2, got 99"),
+        # As the version before wrote it, without the newer entries.
+        (
+            {"_schema_version": 1, "_oldest": None, "uniform_share": None},
+            ValueError,
+            "_schema_version must be 2, got 1",
+        ),
         ({"top": 2.0}, ValueError, "top must be"),
         ({"_values": None}, KeyError, "lacks .'_values'."),
+        ({"_oldest": None, "uniform_share": None}, KeyError, "lacks .'_oldest', 'uniform_share'."),
+        ({"uniform_share": 1.5}, ValueError, "uniform_share must be"),
     ],
 )
 def test_bad_state_changes_nothing(rb, change, error, match):
@@ -250,7 +264,7 @@ def test_bad_state_changes_nothing(rb, change, error, match):
     state = ValuePrioritizedSampler(30, top=0.9).state_dict() | change
     with pytest.raises(error, match=match):
         rb.sampler.load_state_dict(
-            {k: v for k, v in state.items() if v is not None or k != "_values"}
+            {k: v for k, v in state.items() if v is not None or k == "min_value"}
         )
     assert drawn(rb) == expected
 
@@ -306,6 +320,10 @@ def test_a_write_during_sampling_is_not_lost():
         ({"min_value": NAN}, ValueError),
         ({"min_value": "0"}, TypeError),
         ({"eps": 0.0}, ValueError),
+        ({"uniform_share": -0.1}, ValueError),
+        ({"uniform_share": 1.1}, ValueError),
+        ({"uniform_share": NAN}, ValueError),
+        ({"uniform_share": "0"}, TypeError),
         ({"dtype": torch.int64}, ValueError),
         ({"dtype": torch.float16}, ValueError),
         ({"reduction": "sum"}, ValueError),

@@ -41,7 +41,9 @@ def _parameter(name: str, doc: str) -> Any:
         return getattr(self._parameters, name)
 
     def fset(self: ValuePrioritizedSampler, value: Any) -> None:
-        self._parameters = self._parameters._replace(**{name: checked_parameter(name, value)})
+        checked = checked_parameter(name, value)
+        with self._lock:  # or another thread's change of another parameter may get lost
+            self._parameters = self._parameters._replace(**{name: checked})
 
     return property(fget, fset, doc=doc)
 
@@ -86,12 +88,13 @@ class ValuePrioritizedSampler(SavedSampler):
         top: fraction that ``"top"`` keeps, in (0, 1].
         temperature: of ``"soft"``, positive.
         min_value: least value to draw, or None.
-        eps: positive, for ``"per"``.
+        eps: positive, for ``"per"``. Less than 1e-38 counts as that much beside float32 values.
         dtype: of the stored values, ``torch.float32`` or ``torch.float64``.
         reduction: ``"max"``, ``"min"``, ``"mean"``, ``"median"`` or ``"first"``: the value of a
             trajectory from those of its steps, where trajectories are stored as entries, or with
             ``trajectory_key``.
-        uniform_share: share of draws, in [0, 1], that are uniform over all that may be drawn.
+        uniform_share: share of draws, in [0, 1], that are uniform over all that may be drawn (with
+            ``trajectory_key`` over trajectories).
         trajectory_key: where the storage holds the trajectory of each step, an integer, such as
             ``("collector", "traj_ids")``. The mode then draws a trajectory, by the value that
             ``reduction`` gives it (with returns-to-go and ``"first"``: its return), and a step of
@@ -165,10 +168,11 @@ class ValuePrioritizedSampler(SavedSampler):
         self._init()
 
     def _init(self) -> None:
-        device = self._priorities.values.device if hasattr(self, "_priorities") else self._device
-        self._priorities = backend_on(device)(self._max_capacity, self.dtype, device)
-        self._oldest = 0
-        self._trajectories = None
+        device = self.device if hasattr(self, "_priorities") else self._device
+        with self._lock:
+            self._priorities = backend_on(device)(self._max_capacity, self.dtype, device)
+            self._oldest = 0
+            self._trajectories = None
 
     def __repr__(self) -> str:
         given = {**self._parameters._asdict(), "beta": self.beta}
@@ -197,9 +201,15 @@ class ValuePrioritizedSampler(SavedSampler):
 
         Returns:
             ``[size]``, float64.
+
+        Raises:
+            RuntimeError: if all values are non-finite.
         """
+        size = check_at_least_one("size", size)
         with self._lock:
-            return self._priorities.weights(check_at_least_one("size", size), self._parameters)
+            if size > self._max_capacity:
+                self._grow(size)
+            return self._priorities.weights(size, self._parameters)
 
     def sample(self, storage: Any, batch_size: int) -> Any:
         """Draw indices of stored entries, with replacement.
@@ -240,7 +250,9 @@ class ValuePrioritizedSampler(SavedSampler):
         if self.trajectory_key is None:
             return self._priorities.draw(uniform, size, self._parameters, self.beta)
         if self._trajectories is None or self._trajectories.size != size:
-            ids = stored_entry(storage, self.trajectory_key).to(self.device)
+            # Another view on the storage may have written meanwhile: what came in is not drawn yet.
+            ids = stored_entry(storage, self.trajectory_key)[:size].to(self.device)
+            size = ids.numel()
             self._trajectories = TrajectoryDraws(
                 self._priorities.values[:size],
                 ids,

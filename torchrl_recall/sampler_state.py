@@ -71,13 +71,14 @@ class SavedSampler(PrioritizedSampler):
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the values and parameters, as tensors and Python scalars."""
-        return {
-            "_schema_version": _VERSION,
-            "_values": self.values,
-            "_oldest": self._oldest,
-            "beta": self.beta,
-            **self._parameters._asdict(),
-        }
+        with self._lock:
+            return {
+                "_schema_version": _VERSION,
+                "_values": self.values,
+                "_oldest": self._oldest,
+                "beta": self.beta,
+                **self._parameters._asdict(),
+            }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, in this sampler's dtype and on its device.
@@ -86,14 +87,14 @@ class SavedSampler(PrioritizedSampler):
             KeyError: if an entry is missing.
             ValueError: if the version is unknown or an entry is out of its range.
         """
+        # First, as a state of another version may also have other entries.
+        version = state_dict.get("_schema_version", _VERSION)
+        if version != _VERSION:
+            raise ValueError(f"_schema_version must be {_VERSION}, got {version!r}")
         names = ("_schema_version", "_values", "_oldest", "beta", *Parameters._fields)
         missing = [name for name in names if name not in state_dict]
         if missing:
             raise KeyError(f"state_dict lacks {missing}; is it from a ValuePrioritizedSampler?")
-        if state_dict["_schema_version"] != _VERSION:
-            raise ValueError(
-                f"_schema_version must be {_VERSION}, got {state_dict['_schema_version']!r}"
-            )
         parameters = checked_parameters({name: state_dict[name] for name in Parameters._fields})
         beta = checked_parameter("beta", state_dict["beta"])
         saved = state_dict["_values"].detach()

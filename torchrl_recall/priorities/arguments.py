@@ -184,9 +184,9 @@ def stored_entry(storage: Any, key: NestedKey) -> Tensor:
         raise KeyError(
             f"no entry {key!r} in the storage, among {sorted(map(str, data.keys(True)))}"
         )
-    if entry.numel() != len(storage):
+    if entry.numel() != data.numel():
         raise ValueError(
-            f"{key!r} must hold one number for each of {len(storage)} stored elements, got shape "
+            f"{key!r} must hold one number for each of {data.numel()} stored elements, got shape "
             f"{tuple(entry.shape)}"
         )
     return entry.reshape(-1)

@@ -16,6 +16,8 @@ from torch import Tensor
 from torchrl_recall.native import interface, priorities
 from torchrl_recall.priorities.weights import Parameters, best_count, nothing_to_draw
 
+_MOST = 2**32 - 1
+
 
 class NativePriorities:
     """Values of stored transitions, and draws by them, in the C library.
@@ -30,6 +32,7 @@ class NativePriorities:
 
     Raises:
         RuntimeError: if the library is not there.
+        ValueError: if the capacity is too large for the library's counters.
 
     Examples:
         >>> priorities = NativePriorities(5, torch.float32)
@@ -39,7 +42,7 @@ class NativePriorities:
         tensor([2., -inf, -inf, -inf, 3.])
         >>> uniform = torch.tensor([0.0, 0.6, 0.9], dtype=torch.float64)
         >>> priorities.draw(uniform, 5, Parameters("top", top=0.4), beta=0.0)
-        (tensor([0, 4, 4]), tensor([1., 1., 1.]))
+        (tensor([4, 0, 0]), tensor([1., 1., 1.]))
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class NativePriorities:
         library, reason = interface.load()
         if library is None:
             raise RuntimeError(f"the native backend is not there: {reason}")
+        if capacity > _MOST:
+            raise ValueError(f"max_capacity must be at most {_MOST} on the CPU, got {capacity}")
         self._library = library
         self.num_refused = 0  # values that were not finite
         self._hold(torch.full((capacity,), -math.inf, dtype=dtype, device="cpu"))
@@ -87,6 +92,8 @@ class NativePriorities:
 
     def grow(self, capacity: int) -> None:
         """Make room; new entries have no value yet."""
+        if capacity > _MOST:
+            raise ValueError(f"max_capacity must be at most {_MOST} on the CPU, got {capacity}")
         values = self.values.new_full((capacity,), -math.inf)
         values[: self.capacity] = self.values
         self._hold(values)
@@ -215,6 +222,7 @@ class NativePriorities:
 
     def _set_parameters(self, new: Parameters) -> None:
         state, old = self._state, self._parameters
+        self._parameters = None  # where memory runs out below, neither old nor new ones hold
         if old is None or (old.mode, old.min_value) != (new.mode, new.min_value):
             state.census_is_valid = 0
         state.mode = priorities.MODES.index(new.mode)

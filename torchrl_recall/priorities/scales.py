@@ -21,7 +21,6 @@ _HEADROOM = 64
 # the same bits wherever it is.
 LANES = 64
 _PIECE = 1 << 15
-_MAX_FLOAT = torch.finfo(torch.float32).max
 
 
 class Reference(NamedTuple):
@@ -128,7 +127,8 @@ def _fill_soft(out: Tensor, values: Tensor, temperature: float, reference: Refer
     torch.sub(values, reference.center, out=precise)
     # exp2 is several times faster than exp; the bounds keep 0 * inf away.
     factor = math.log2(math.e) / temperature
-    factor = min(max(factor, 1 / _MAX_FLOAT), _MAX_FLOAT)
+    most = torch.finfo(values.dtype).max
+    factor = min(max(factor, 1 / most), most)
     for piece in precise.split(_PIECE):
         piece.mul_(factor).exp2_()
     if precise is not out:

@@ -150,8 +150,13 @@ class WeightTable:
         if self._counts is not None:
             drawable = self._values[: self.size] >= self._reference.floor
             weights *= (1 - share) / self._sums.total
-            weights += drawable * (share / self._counts.total)
+            weights += drawable * self._even(share)
         return weights
+
+    def _even(self, share: float) -> Tensor:
+        """The uniform part of a probability; not rounded to 0, as the least of all divides."""
+        assert self._counts is not None
+        return (share / self._counts.total).clamp_(min=torch.finfo(torch.float64).tiny)
 
     def draw(self, uniform: Tensor, share: float) -> Tensor:
         """Draw entries, ``[B]`` int64, from uniform numbers ``[B]`` float64."""
@@ -173,7 +178,7 @@ class WeightTable:
             return torch.ones_like(entry, dtype=torch.float32)
         weight, least = self._weights.index_select(0, entry).double(), self._least.least.double()
         if self._counts is not None:
-            scale, offset = (1 - share) / self._sums.total, share / self._counts.total
+            scale, offset = (1 - share) / self._sums.total, self._even(share)
             weight, least = weight * scale + offset, least * scale + offset
         return (weight / least).pow_(-beta).float()
 
@@ -206,9 +211,16 @@ class WeightTable:
         """1.0 for entries that cannot be drawn, whose weights the least leaves out."""
         return (1 - drawable.float()) if self._counts is not None else (weights == 0).float()
 
+    def _min_value(self) -> float | None:
+        """The parameter, rounded as the values are; "no value yet" is below every number."""
+        least, dtype = self.parameters.min_value, self._values.dtype
+        if least is None:
+            return None
+        return max(torch.tensor(least, dtype=dtype).item(), torch.finfo(dtype).min)
+
     def _floor(self) -> float | Tensor:
         """The least value to draw, `-inf` if none reaches the given one."""
-        least = self.parameters.min_value
+        least = self._min_value()
         if least is None:
             return -math.inf
         largest = self._largest(False, -math.inf)
@@ -250,7 +262,7 @@ class WeightTable:
 
     def _reference_stays(self, values: Tensor, finite: bool) -> bool:
         """Whether the reference of all is the same after some entries took on these values."""
-        least, floor = self.parameters.min_value, self._reference.floor
+        least, floor = self._min_value(), self._reference.floor
         if least is not None and floor == -math.inf and bool((values >= least).any()):
             return False
         if self.parameters.mode == "top":  # it stays as long as no entry changes sides

@@ -2,6 +2,8 @@
 #ifndef RECALL_DRAWS_H
 #define RECALL_DRAWS_H
 
+#include <float.h>
+
 #include "ranks.h"
 #include "threshold.h"
 
@@ -15,7 +17,8 @@ static recall_form form_of(const recall_priorities *p) {
     f.mode = p->mode;
     f.least = least_value(p);
     f.sums = SUMS_OF_WEIGHTS;
-    f.alpha = p->alpha;
+    /* Beyond that, rounding would decide, or all weights be 0; as a float it must be finite. */
+    f.alpha = fmin(p->alpha, p->mode == MODE_PER ? 1e8 : 1e30);
     if (!p->num_valued) {
         f.sums = SUMS_OF_COUNTS;
         f.threshold = -INFINITY;
@@ -24,14 +27,17 @@ static recall_form form_of(const recall_priorities *p) {
         f.threshold = p->threshold;
     } else if (p->mode == MODE_SOFT) {
         f.reference = p->largest;
-        /* Within what a float holds: 0 or infinity times 0 would be no number. */
-        f.rate = fmin(fmax(1.0 / p->temperature, 1e-37), 1e37);
+        /* Within what the values' type holds: 0 or infinity times 0 would be no number. */
+        const double most = p->is_double ? 1e300 : 1e37;
+        f.rate = fmin(fmax(1.0 / p->temperature, 1.0 / most), most);
     } else if (p->mode == MODE_PER) {
         int exponent;
-        const double largest = p->largest + p->eps;
+        const double largest = fmin(p->largest + p->eps, DBL_MAX);
         frexp(largest, &exponent);
         f.rate = 1.0;
-        if (p->alpha == 1.0) f.rate = fmin(ldexp(1.0, -exponent), 1e37);
+        /* As a float it may be infinite. */
+        const int is_beyond = !p->is_double && largest > FLT_MAX;
+        if (p->alpha == 1.0 || (is_beyond && p->alpha <= LARGE_EXPONENT)) f.rate = fmin(ldexp(1.0, -exponent), 1e37);
         else if (p->alpha > LARGE_EXPONENT) f.rate = fmin(1.0 / largest, 1e37);
         else f.shift = -exponent;
         f.extra = p->eps * f.rate;
@@ -272,8 +278,9 @@ static double weight_of(const recall_priorities *p, const levels *l, int64_t ent
         return mean_of_ranks(p, l, from, run_end(p, from));
     }
     float weight[FAN];
-    entry_weights(p, f, entry, 1, weight);
-    return weight[0];
+    /* All of its node: a vector from the entry on might end behind the values. */
+    entry_weights(p, f, entry / FAN * FAN, FAN, weight);
+    return weight[entry % FAN];
 }
 
 /* The least weight of all that may be drawn, and the least above 0. */
@@ -324,7 +331,8 @@ static mixture mixture_of(const recall_priorities *p, const levels *l) {
     m.total = p->form.sums == SUMS_OF_COUNTS
         ? (double)num_above(l) + (double)num_tied(l) * m.share
         : sum_of_weights(l);
-    m.even = p->uniform_share / (double)num_eligible(p);
+    /* Never 0 by rounding: it may be the least probability, by which others are divided. */
+    m.even = fmax(p->uniform_share / (double)num_eligible(p), DBL_MIN);
     return m;
 }
 
