@@ -255,8 +255,8 @@ static double weight_of(const recall_priorities *p, const levels *l, int64_t ent
         return mean_of_ranks(p, l, from, run_end(p, from));
     }
     float weight[FAN];
-    entry_weights(p, f, entry, 1, weight);
-    return weight[0];
+    entry_weights(p, f, entry - entry % LANES, LANES, weight); /* no vector reaches past the last */
+    return weight[entry % LANES];
 }
 
 /* The least weight of all that may be drawn, and the least above 0. */
