@@ -112,7 +112,8 @@ static int64_t try_draw(history *h, int64_t count, double beta) {
         if (h->fails) allocations_left = nth;
         const int64_t status = recall_draw(&h->p, h->uniform, count, beta, h->entry,
                                            beta > 0.0 ? h->importance : NULL);
-        const int has_failed = h->fails && allocations_left < 0;
+        if (!h->fails) return status; /* another thread may be here too */
+        const int has_failed = allocations_left < 0;
         allocations_left = -1;
         if (!has_failed) return status;
         h->num_failures++;
