@@ -117,7 +117,7 @@ def summary(runs: list[dict[str, Any]], budget: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20.0, help="start no run after these")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--size", type=int, default=15)
