@@ -51,24 +51,26 @@ class NativePriorities:
         library, reason = interface.load()
         if library is None:
             raise RuntimeError(f"the native backend is not there: {reason}")
-        if capacity > _MOST:
-            raise ValueError(f"max_capacity must be at most {_MOST} on the CPU, got {capacity}")
         self._library = library
         self.num_refused = 0  # values that were not finite
-        self._hold(torch.full((capacity,), -math.inf, dtype=dtype, device="cpu"))
+        self._hold(torch.empty(0, dtype=dtype, device="cpu"), capacity, dtype)
 
-    def _hold(self, values: Tensor) -> None:
-        """Start from values; sums, and whatever else depends on them, are made when needed."""
-        self.capacity = capacity = values.numel()
+    def _hold(self, values: Tensor, capacity: int, dtype: torch.dtype) -> None:
+        """Start from values of the first entries; whatever depends on them is made when needed."""
+        if capacity > _MOST:
+            raise ValueError(f"max_capacity must be at most {_MOST} on the CPU, got {capacity}")
+        self.capacity = capacity
         # The library reads sixteen at a time.
-        padded = values.new_full((-(-capacity // 16) * 16,), -math.inf)
-        self.values = padded[:capacity].copy_(values)
+        room = -(-capacity // 16) * 16
+        padded = torch.full((room,), -math.inf, dtype=dtype, device="cpu")
+        padded[: values.numel()] = values
+        self.values = padded[:capacity]
         self._parameters: Parameters | None = None
         # Tensors that own the memory of what the structure points to.
         self._memory: dict[str, Tensor] = {}
         self._state = priorities.Priorities(
             capacity=self.capacity,
-            is_double=values.dtype == torch.float64,
+            is_double=dtype == torch.float64,
             instruction_set=self._library.recall_instruction_set(),
             values=padded.data_ptr(),
         )
@@ -86,23 +88,18 @@ class NativePriorities:
         return {"values": self.values, "num_refused": self.num_refused}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(0, state["values"].dtype)
+        values = state["values"]
+        self.__init__(0, values.dtype)
         self.num_refused = state["num_refused"]
-        self._hold(state["values"])
+        self._hold(values, values.numel(), values.dtype)
 
     def grow(self, capacity: int) -> None:
         """Make room; new entries have no value yet."""
-        if capacity > _MOST:
-            raise ValueError(f"max_capacity must be at most {_MOST} on the CPU, got {capacity}")
-        values = self.values.new_full((capacity,), -math.inf)
-        values[: self.capacity] = self.values
-        self._hold(values)
+        self._hold(self.values, capacity, self.values.dtype)
 
     def restore(self, values: Tensor) -> None:
         """Start anew from the values of the first entries; ``-inf``: none yet, NaN: never drawn."""
-        kept = self.values.new_full((self.capacity,), -math.inf)
-        kept[: values.numel()] = values
-        self._hold(kept)
+        self._hold(values, self.capacity, self.values.dtype)
 
     def write(self, index: Tensor, values: Tensor, none: float = math.nan) -> bool:
         """Store values.

@@ -32,7 +32,9 @@ KERNEL(513)
         default: result = function##_0(__VA_ARGS__);                                              \
     }
 #else
-#define CHOOSE(set, function, ...) result = function##_0(__VA_ARGS__);
+#define CHOOSE(set, function, ...)                                                                \
+    (void)(set);                                                                                  \
+    result = function##_0(__VA_ARGS__);
 #endif
 
 int64_t recall_version(void) { return RECALL_VERSION; }
