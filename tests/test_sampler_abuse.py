@@ -245,6 +245,9 @@ def test_the_library_reads_nothing_behind_the_values(mode, is_double):
         uniform_share=0.5,
     )
     state.nodes, state.eligible, state.order, state.spare = (x.data_ptr() for x in nodes + order)
+    changed = torch.zeros(count // 64 + 1, dtype=torch.int64)
+    band = torch.zeros(priorities.MAX_BAND, dtype=torch.int32)
+    state.changed, state.band = changed.data_ptr(), band.data_ptr()
     uniform = torch.rand(3000, dtype=torch.float64)
     entry, importance = torch.zeros(3000, dtype=torch.int64), torch.zeros(3000)
     weights = torch.zeros(count, dtype=torch.float64)
