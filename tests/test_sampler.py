@@ -331,6 +331,24 @@ def test_refresh():
 # Non-finite values
 
 
+def test_refresh_of_one_entry_with_several_values():
+    rb = buffer(VALUES)
+    rb.sampler.refresh(torch.tensor([8.0, 9.0]), torch.tensor([3, 3]))
+    assert rb.sampler.values[3] in (8.0, 9.0)
+
+
+def test_priorities_with_a_gradient():
+    rb = buffer(VALUES)
+    for value in (torch.rand(2, 1), torch.rand(2, dtype=torch.float64), torch.rand(2).half()):
+        rb.sampler.update_priority(torch.tensor([1, 4]), value.requires_grad_())
+        assert torch.equal(rb.sampler.values[[1, 4]], value.detach().float().reshape(-1))
+        assert not rb.sampler.values.requires_grad
+        rb.sampler.refresh(value.reshape(-1), torch.tensor([2, 5]))
+        assert torch.equal(rb.sampler.values[[2, 5]], value.detach().float().reshape(-1))
+    rb.sampler.refresh(torch.rand(8).requires_grad_())
+    assert rb.sampler.sample(rb.storage, 4)[0].shape == (4,)
+
+
 def test_non_finite_values_are_stored_reported_once_and_never_drawn():
     rb = buffer(top=1.0)
     with pytest.warns(UserWarning, match=r"got 3 value\(s\) that are not finite in torch.float32"):

@@ -287,7 +287,6 @@ class ValuePrioritizedSampler(SavedSampler):
                 self._make_room(flat, storage)
                 self._priorities.erase(flat)
 
-    @torch.no_grad()
     def update_priority(self, index: Any, priority: Any, *, storage: Any = None) -> None:
         """Set the values of some entries; TorchRL calls this when data with a priority key come in.
 
@@ -315,7 +314,6 @@ class ValuePrioritizedSampler(SavedSampler):
                 flat, values = paired_values(priority, flat, self.reduction)
                 self._write(flat, values, storage)
 
-    @torch.no_grad()
     def refresh(self, values: Tensor, index: Tensor | None = None) -> None:
         """Set all values, or those at ``index``, at once, as after a critic's update.
 
@@ -336,14 +334,13 @@ class ValuePrioritizedSampler(SavedSampler):
             self._trajectories = None
             if index is None:
                 self._priorities.refresh(values, none=NO_VALUE)
-            else:
-                self._priorities.write(index, values)
+            elif not self._priorities.write(index, values):
+                self._priorities.write(index[-1:], values[-1:])
             self._report()
 
     def _write(self, flat: Tensor, values: Tensor, storage: Any) -> bool:
         """Store values, unless several are for one entry; the default priority changes nothing."""
         self._trajectories = None
-        values = values.detach().reshape(-1)
         try:
             written = self._priorities.write(flat, values, none=NO_VALUE)
         except IndexError:

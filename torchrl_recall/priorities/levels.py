@@ -117,7 +117,7 @@ class TorchPriorities:
         Args:
             index: ``[n]`` int64, below the capacity. Negative ones are skipped; if one comes
                 several times, any of its values may win.
-            values: ``[n]``, or ``[1]`` for one value for all, floating; a non-finite one bars its
+            values: ``[n]`` in any shape, or ``[1]`` for one value for all, floating; a non-finite one bars its
                 entry from being drawn.
             none: values equal to this number are skipped.
 
@@ -131,12 +131,13 @@ class TorchPriorities:
         """
         if not index.numel():
             return True
+        values = values.detach().reshape(-1)
         several = values.numel() > 1
         if not math.isnan(none):
             index = index.masked_fill(values == none, -1)
         values = values.to(self._values)
         if not several:
-            values = values.reshape(1).expand(index.numel())
+            values = values.expand(index.numel())
         if not self._waits:
             values = self._refuse(values, index >= 0)
             self._values.index_copy_(0, self._skip_negative(index), values)

@@ -107,7 +107,7 @@ class NativePriorities:
         Args:
             index: ``[n]`` int64; negative ones are skipped. Of an index that comes several times
                 the last value wins.
-            values: ``[n]``, or ``[1]`` for one value for all, floating. One that is not finite
+            values: ``n`` in any shape, or ``[1]`` for one value for all, floating. One that is not finite
                 bars its entry from being drawn.
             none: values equal to this number are skipped.
 
