@@ -36,7 +36,7 @@ enum { NUM_CASES = sizeof CASES / sizeof *CASES };
 /* One history: what it works on, and what is kept of what it gives. */
 typedef struct {
     recall_priorities p;
-    void *values, *given, *nodes, *eligible, *order, *spare;
+    void *values, *given, *nodes, *eligible, *order, *spare, *changed, *band;
     double *weights, *uniform;
     int64_t *entry;
     float *importance;
@@ -221,6 +221,8 @@ static void begin(history *h, int64_t capacity, int is_double, int64_t set_of) {
     h->p.eligible = h->eligible = malloc(nodes * 8);
     h->p.order = h->order = malloc(n * 4);
     h->p.spare = h->spare = malloc(n * 4);
+    h->p.changed = h->changed = malloc((n / 64 + 1) * 8);
+    h->p.band = h->band = malloc(MAX_BAND * 4);
     h->weights = malloc(n * 8);
     h->uniform = malloc(MOST_DRAWS * 8);
     h->entry = malloc(MOST_DRAWS * 8);
@@ -229,7 +231,7 @@ static void begin(history *h, int64_t capacity, int is_double, int64_t set_of) {
 
 static void end(history *h) {
     void *all[] = {h->values, h->given, h->nodes, h->eligible, h->order, h->spare,
-                   h->weights, h->uniform, h->entry, h->importance};
+                   h->changed, h->band, h->weights, h->uniform, h->entry, h->importance};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
