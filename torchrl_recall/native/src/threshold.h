@@ -33,6 +33,8 @@ enum { ABOVE, AT_HIGH, BETWEEN, AT_LOW };
 #undef VALUE
 #undef OF
 
+#define NOT_COLLECTED -1 /* of `num_band` */
+
 INLINE int in_band(const recall_priorities *p, double value) {
     return value > p->band_low && value < p->band_high;
 }
@@ -49,20 +51,25 @@ static void leave_band(recall_priorities *p, int64_t entry) {
     if (i < p->num_band) p->band[i] = p->band[--p->num_band];
 }
 
-/* Finds the threshold among all values, and which entries are around it. */
+/* Finds the threshold among all values. */
 static int64_t find_threshold(recall_priorities *p) {
     const int64_t k = p->num_best - 1;
-    p->num_above = p->band_is_valid = p->num_band = 0;
+    p->num_above = p->band_is_valid = 0;
     p->band_low = p->band_high = INFINITY;
     const int64_t status = p->is_double
         ? find_double(p, p->values, p->size, p->num_drawable, k)
         : find_float(p, p->values, p->size, p->num_drawable, k);
     p->threshold_is_valid = status == OK;
-    if (status != OK || p->num_over < 0 || p->size <= FEW) {
-        p->num_over = 0;
-        return status;
-    }
-    p->band_is_valid = 1;
+    if (p->num_over < 0) p->num_over = 0;
+    else p->band_is_valid = status == OK && p->size > FEW;
+    p->num_band = NOT_COLLECTED;
+    return status;
+}
+
+/* Finds which entries are in the band: when the first value is about to change, or the threshold. */
+static void collect_band(recall_priorities *p) {
+    if (!p->band_is_valid || p->num_band != NOT_COLLECTED) return;
+    p->num_band = 0;
     const int64_t whole = p->is_double ? 0 : p->size / LANES * LANES;
     const vf low = v_set((float)p->band_low), high = v_set((float)p->band_high);
     for (int64_t i = 0; i < whole; i += LANES) {
@@ -75,12 +82,12 @@ static int64_t find_threshold(recall_priorities *p) {
     for (int64_t i = whole; i < p->size; i++) {
         if (in_band(p, value_at(p, i))) enter_band(p, i);
     }
-    return OK;
 }
 
 /* Moves the threshold within the band; returns whether that is where it must be. Entries that
  * change sides with it are weighed anew. */
 static int move_threshold(recall_priorities *p) {
+    collect_band(p);
     double value[MAX_BAND];
     int64_t crossed[MAX_BAND], num_crossed = 0, counts[4];
     const int64_t k = p->num_best - 1 - p->num_over, n = p->num_band;

@@ -165,6 +165,7 @@ int64_t NAME(recall_write)(recall_priorities *p, const int64_t *index, const voi
         if (i == count) return -2;
     }
     const double least = least_value(p);
+    collect_band(p);
     for (int64_t i = 0; i < count; i++) {
         if (i + 16 < count && index[i + 16] >= 0) prefetch_value(p, index[i + 16]);
         double value = is_double ? ((const double *)values)[i * stride]
@@ -188,6 +189,7 @@ int64_t NAME(recall_erase)(recall_priorities *p, const int64_t *index, int64_t c
         if (index[i] >= p->capacity) return -1;
     }
     const double least = least_value(p);
+    collect_band(p);
     for (int64_t i = 0; i < count; i++) {
         if (index[i] >= 0) set_value(p, index[i], -INFINITY, least);
     }
@@ -236,6 +238,7 @@ int64_t NAME(recall_resize)(recall_priorities *, int64_t);
 int64_t NAME(recall_resize)(recall_priorities *p, int64_t size) {
     const int64_t before = p->size;
     if (size == before) return OK;
+    collect_band(p);
     p->size = size;
     p->least_is_valid = 0;
     for (int64_t i = before; i < size && p->order_is_valid; i++) note_change(p, i);
