@@ -337,6 +337,12 @@ def test_refresh_of_one_entry_with_several_values():
     assert rb.sampler.values[3] in (8.0, 9.0)
 
 
+def test_one_number_for_an_index_that_comes_twice():
+    rb = buffer(VALUES)
+    rb.sampler.update_priority(torch.tensor([5, 5]), 0.75)
+    assert rb.sampler.values[5] == 0.75
+
+
 def test_priorities_with_a_gradient():
     rb = buffer(VALUES)
     for value in (torch.rand(2, 1), torch.rand(2, dtype=torch.float64), torch.rand(2).half()):

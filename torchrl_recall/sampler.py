@@ -18,13 +18,13 @@ from torchrl.data.replay_buffers.samplers import Sampler
 
 from torchrl_recall.checks import check_at_least_one
 from torchrl_recall.priorities.arguments import (
-    REDUCTIONS,
     flat_index,
     is_plain,
     paired_values,
     selected_values,
     stored_entry,
 )
+from torchrl_recall.priorities.trajectories import REDUCTIONS
 from torchrl_recall.priorities.trajectory_draws import TrajectoryDraws
 from torchrl_recall.priorities.weights import Parameters, checked_parameter
 from torchrl_recall.sampler_state import (
@@ -73,10 +73,10 @@ class ValuePrioritizedSampler(SavedSampler):
 
     It is a `PrioritizedSampler` for TorchRL's priority paths, such as
     ``TensorDictReplayBuffer(priority_key=...)``, but needs neither sum trees nor TorchRL's
-    extension. Draws take O(batch), and so do small updates, unless they move what all weights
-    refer to: the threshold of ``"top"``, the largest value of ``"soft"`` and ``"per"``. That, a
-    change of parameters and `refresh` take O(n), at about the speed of memory; ``"rank"`` sorts.
-    All methods may be called from several threads.
+    extension. In the C library draws take O(batch), and so do small updates, unless they change
+    what all weights refer to, as a new largest value does in ``"soft"``. That, a change of
+    parameters, `refresh`, and with ``beta > 0`` the first draw after an update take O(n), at about
+    the speed of memory; ``"rank"`` sorts. All methods may be called from several threads.
 
     Args:
         max_capacity: number of entries, that of the storage. With a larger storage, it grows.
@@ -293,8 +293,8 @@ class ValuePrioritizedSampler(SavedSampler):
         Args:
             index: an int, a tensor ``[N]``, or for a storage of several dimensions ``[N, ndim]`` or
                 a tuple of one tensor for each. Negative ones are skipped. If an index comes several
-                times, the last of its values wins on the CPU, and any on a GPU (if no other index
-                comes: their reduction).
+                times, the last of its values wins on the CPU (if no other index comes: their
+                reduction), and any of them on a GPU.
             priority: values of any sign: one number for all, or ``[N, ...]``, where the reduction
                 takes further dimensions. The default priority changes nothing. Non-finite
                 values bar their entries from being drawn.
@@ -312,7 +312,7 @@ class ValuePrioritizedSampler(SavedSampler):
             ):
                 flat = flat_index(index, storage, self.device)
                 flat, values = paired_values(priority, flat, self.reduction)
-                self._write(flat, values, storage)
+                assert self._write(flat, values, storage)
 
     def refresh(self, values: Tensor, index: Tensor | None = None) -> None:
         """Set all values, or those at ``index``, at once, as after a critic's update.
@@ -377,10 +377,14 @@ class ValuePrioritizedSampler(SavedSampler):
         self._max_capacity = size
 
     def _maybe_init_from_storage(self, storage: Any) -> None:
-        """Follow a CUDA storage to its device, unless a device was asked for."""
+        """Follow a CUDA storage to its device, unless a device was asked for, and in its size."""
         device = getattr(storage, "device", None)
         if self._device is None and device not in (None, "auto"):
             device = torch.device(device)
             if device.type == "cuda" and self.device.type != "cuda":
                 with self._lock:
                     self._hold(self._priorities.values.to(device))
+        # There an index that is out of range is not noticed in time.
+        if storage is not None and self.device.type != "cpu" and len(storage) > self._max_capacity:
+            with self._lock:
+                self._grow(len(storage))

@@ -65,9 +65,13 @@ class SavedSampler(PrioritizedSampler):
 
     def _hold(self, values: Tensor) -> None:
         """Start from values; ``-inf``: no value yet, NaN: never drawn."""
-        self._priorities = backend_on(values.device)(self._max_capacity, self.dtype, values.device)
-        self._priorities.restore(values)
+        self._priorities = self._holding(values, self._max_capacity)
         self._trajectories = None
+
+    def _holding(self, values: Tensor, capacity: int) -> NativePriorities | TorchPriorities:
+        priorities = backend_on(values.device)(capacity, self.dtype, values.device)
+        priorities.restore(values)
+        return priorities
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the values and parameters, as tensors and Python scalars."""
@@ -101,11 +105,12 @@ class SavedSampler(PrioritizedSampler):
         values = saved.to(self._priorities.values)
         # A float64 value may be too large for float32.
         values = values.masked_fill(values.isinf() & (saved != -math.inf).to(self.device), math.nan)
+        oldest, capacity = int(state_dict["_oldest"]), max(self._max_capacity, values.numel())
         with self._lock:
-            self._parameters, self._beta = parameters, beta
-            self._max_capacity = max(self._max_capacity, values.numel())
-            self._hold(values)
-            self._oldest = int(state_dict["_oldest"])
+            # All at last: where memory runs out, what was there stays.
+            self._priorities = self._holding(values, capacity)
+            self._parameters, self._beta, self._oldest = parameters, beta, oldest
+            self._max_capacity, self._trajectories = capacity, None
 
     def dumps(self, path: Any) -> None:  # pyright: ignore
         """Write the state into the folder ``path``: a memory-mapped tensor and a JSON file."""

@@ -12,6 +12,8 @@ from ctypes import Structure, c_double, c_float, c_int64, c_uint32, c_uint64, c_
 from functools import lru_cache
 from pathlib import Path
 
+from torchrl_recall.native.priorities import Priorities
+
 VERSION = 2
 MAX_LAYERS = 16
 ACTIVATIONS = (
@@ -170,6 +172,8 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
             function.argtypes, function.restype = arguments, c_int64
     except AttributeError as error:
         return None, f"{LIBRARY.name} is another library: {error}"
+    if library.recall_priorities_bytes() != ctypes.sizeof(Priorities):
+        return None, f"{LIBRARY.name} was built from other sources; reinstall"
     library.recall_pack.restype = None
     widest = library.recall_instruction_set()
     for instructions in (one for one in INSTRUCTION_SETS if one <= widest):

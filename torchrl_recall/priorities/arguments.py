@@ -12,8 +12,6 @@ import torch
 from tensordict import LazyStackedTensorDict, NestedKey
 from torch import Tensor
 
-REDUCTIONS = ("max", "min", "mean", "median", "first")
-
 
 def integer_tensor(index: Any, device: torch.device) -> Tensor:
     """Return ``index`` as an int64 tensor, or refuse it with a TypeError."""
@@ -75,7 +73,8 @@ def paired_values(priority: Any, flat: Tensor, reduction: str) -> tuple[Tensor, 
         reduction: one of `REDUCTIONS`.
 
     Returns:
-        Indices and values (float64), ``[M]``; M is N, or 1 if several indices are all the same.
+        Indices and values (float64), ``[M]``; M is N, or 1 if several indices are all the same. One
+        number for all stays one value.
 
     Raises:
         ValueError: if the shapes do not match.
@@ -87,7 +86,7 @@ def paired_values(priority: Any, flat: Tensor, reduction: str) -> tuple[Tensor, 
     priority = torch.as_tensor(priority, dtype=torch.float64, device=flat.device).detach()
     n = flat.numel()
     if n == 0 or priority.numel() == 1:
-        return flat, priority.reshape(-1)[:1].expand(n)
+        return flat, priority.reshape(-1)[:1]
     # For a storage of two dimensions, `extend` passes B * T indices and priorities [B, T, 1].
     if not any(priority.shape[:d].numel() == n for d in range(priority.ndim + 1)):
         raise ValueError(

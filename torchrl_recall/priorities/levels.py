@@ -71,9 +71,10 @@ class TorchPriorities:
     def _allocate(self, values: Tensor, capacity: int) -> None:
         # One entry more than needed: where indices that are skipped go.
         length = -(-(capacity + 1) // BLOCK) * BLOCK
-        self._values = values.new_full((length,), -math.inf)
-        self._values[: values.numel()] = values
-        self._table = WeightTable(self._values, self._waits)
+        longer = values.new_full((length,), -math.inf)
+        longer[: values.numel()] = values
+        # Both or none, where memory runs out.
+        self._values, self._table = longer, WeightTable(longer, self._waits)
         self._forget()
 
     def _forget(self) -> None:
@@ -117,8 +118,8 @@ class TorchPriorities:
         Args:
             index: ``[n]`` int64, below the capacity. Negative ones are skipped; if one comes
                 several times, any of its values may win.
-            values: ``[n]`` in any shape, or ``[1]`` for one value for all, floating; a non-finite one bars its
-                entry from being drawn.
+            values: ``n`` in any shape, or ``[1]`` for one value for all, floating; a non-finite
+                one bars its entry from being drawn.
             none: values equal to this number are skipped.
 
         Returns:
@@ -269,6 +270,7 @@ class TorchPriorities:
         table, core = self._table, parameters._replace(uniform_share=0.0)
         if self._late_total is not None and self._late_total.last() == 0:
             self._late_total.reset()
+            self._all_changed = True  # so that a later draw says so too
             raise nothing_to_draw(size)
         changed = self._all_changed or bool(self._changed) or size != table.size
         if not changed and core == table.parameters:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,39 +58,33 @@ class NativePriorities:
         """Start from values of the first entries; whatever depends on them is made when needed."""
         if capacity > _MOST:
             raise ValueError(f"max_capacity must be at most {_MOST} on the CPU, got {capacity}")
-        self.capacity = capacity
+        if capacity < values.numel():
+            raise ValueError(f"capacity must be at least {values.numel()}, got {capacity}")
         # The library reads sixteen at a time.
-        room = -(-capacity // 16) * 16
-        padded = torch.full((room,), -math.inf, dtype=dtype, device="cpu")
+        padded = torch.full((-(-capacity // 16) * 16,), -math.inf, dtype=dtype, device="cpu")
         padded[: values.numel()] = values
-        self.values = padded[:capacity]
-        self._parameters: Parameters | None = None
         # Tensors that own the memory of what the structure points to.
-        self._memory: dict[str, Tensor] = {}
+        memory = {
+            "nodes": _memory(self._library.recall_num_nodes(capacity), torch.float64),
+            "band": _memory(priorities.MAX_BAND, torch.int32),
+        }
+        # All at last: where memory runs out, what was there stays.
+        self.capacity, self.values, self._memory = capacity, padded[:capacity], memory
+        self._parameters: Parameters | None = None
         self._state = priorities.Priorities(
-            capacity=self.capacity,
+            capacity=capacity,
             is_double=dtype == torch.float64,
             instruction_set=self._library.recall_instruction_set(),
             values=padded.data_ptr(),
+            **{name: tensor.data_ptr() for name, tensor in memory.items()},
         )
         self._address = ctypes.addressof(self._state)
-        self._allot("nodes", self._library.recall_num_nodes(self.capacity), torch.float64)
-        self._allot("band", priorities.MAX_BAND, torch.int32)
 
     def _allot(self, name: str, count: int, dtype: torch.dtype) -> None:
         if name not in self._memory:
-            memory = torch.empty(count, dtype=dtype, device="cpu")
+            memory = _memory(count, dtype)
             self._memory[name] = memory
             setattr(self._state, name, memory.data_ptr())
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"values": self.values, "num_refused": self.num_refused}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        values = state["values"]
-        self.__init__(0, values.dtype)
-        self.num_refused = state["num_refused"]
-        self._hold(values, values.numel(), values.dtype)
 
     def grow(self, capacity: int) -> None:
         """Make room; new entries have no value yet."""
@@ -107,8 +100,8 @@ class NativePriorities:
         Args:
             index: ``[n]`` int64; negative ones are skipped. Of an index that comes several times
                 the last value wins.
-            values: ``n`` in any shape, or ``[1]`` for one value for all, floating. One that is not finite
-                bars its entry from being drawn.
+            values: ``n`` in any shape, or ``[1]`` for one value for all, floating. One that is not
+                finite bars its entry from being drawn.
             none: values equal to this number are skipped.
 
         Returns:
@@ -117,8 +110,13 @@ class NativePriorities:
 
         Raises:
             IndexError: if an index is not below the capacity. Nothing is written then.
+            ValueError: if there are not as many values as indices.
         """
         index, values = index.contiguous(), _floats(values)
+        if values.numel() not in (1, index.numel()):
+            raise ValueError(
+                f"values must be 1 or {index.numel()}, as many as indices, got {values.numel()}"
+            )
         refused = self._library.recall_write(
             self._address,
             index.data_ptr(),
@@ -231,9 +229,10 @@ class NativePriorities:
             self._allot("order", self.capacity, torch.int32)
             self._allot("spare", self.capacity, torch.int32)
             self._allot("changed", self.capacity // 64 + 1, torch.int64)
-        elif "order" in self._memory:
-            del self._memory["order"], self._memory["spare"], self._memory["changed"]
+        else:
             state.order_is_valid = 0
+            for name in ("order", "spare", "changed"):
+                self._memory.pop(name, None)
         state.has_min_value = new.min_value is not None
         if new.min_value is not None:
             # Rounded as the values are; "no value yet" is below every number.
@@ -260,6 +259,10 @@ class NativePriorities:
         if status == priorities.NOTHING_TO_DRAW:
             raise nothing_to_draw(self._state.size)
         raise MemoryError("no memory to draw by value")
+
+
+def _memory(count: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(count, dtype=dtype, device="cpu")
 
 
 def _floats(values: Tensor) -> Tensor:

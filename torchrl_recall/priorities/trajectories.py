@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TRAJECTORY_REDUCTIONS = ("max", "min", "mean", "median", "first")
+REDUCTIONS = ("max", "min", "mean", "median", "first")
 
 
 class TrajectoryGroups(NamedTuple):
@@ -114,8 +114,8 @@ class TrajectoryGroups(NamedTuple):
         Raises:
             ValueError: if ``reduction`` is unknown, or a shape does not fit.
         """
-        if reduction not in TRAJECTORY_REDUCTIONS:
-            raise ValueError(f"reduction must be one of {TRAJECTORY_REDUCTIONS}, got {reduction!r}")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
         self._check_shape("values", values)
         m = self.ids.numel()
         ordered = values[self.entry]

@@ -11,9 +11,6 @@ from torch import Tensor
 from torchrl_recall.priorities.trajectories import TrajectoryGroups
 from torchrl_recall.priorities.weights import Parameters
 
-# Stands for "no value yet".
-_NONE = torch.finfo(torch.float32).min
-
 
 class TrajectoryDraws:
     """Draws a trajectory as `ValuePrioritizedSampler` draws an entry, then one of its steps evenly.
@@ -43,8 +40,7 @@ class TrajectoryDraws:
         each = groups.values(values, reduction).masked_fill(self._groups.length == 0, math.nan)
         self._count = each.numel()
         self._priorities = priorities(self._count, values.dtype, values.device)
-        # -inf, no value yet, is what entries begin with.
-        self._priorities.refresh(each.masked_fill(each == -math.inf, _NONE), none=_NONE)
+        self._priorities.restore(each)
 
     def draw(self, uniform: Tensor, parameters: Parameters, beta: float) -> tuple[Tensor, Tensor]:
         """Turn uniform numbers into entries.

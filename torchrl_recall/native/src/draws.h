@@ -139,19 +139,19 @@ int64_t NAME(recall_draw)(recall_priorities *p, const double *uniform, int64_t c
     }
     if (importance && !p->least_is_valid) find_least(p, &l);
     const mixture m = mixture_of(p, &l);
-    const double mixed_share = p->uniform_share;
-    const double least = mixed_share > 0.0 ? p->least_weight : p->least_positive_weight;
+    const double even_share = p->uniform_share;
+    const double least = even_share > 0.0 ? p->least_weight : p->least_positive_weight;
     for (int64_t first = 0; first < count; first += SIDE_BY_SIDE) {
         const int64_t n = count - first < SIDE_BY_SIDE ? count - first : SIDE_BY_SIDE;
         double rest[SIDE_BY_SIDE], drawn[SIDE_BY_SIDE], even[SIDE_BY_SIDE];
         int64_t at[SIDE_BY_SIDE], chosen[SIDE_BY_SIDE], place[SIDE_BY_SIDE], num_even = 0, k = 0;
         for (int64_t i = 0; i < n; i++) {
             const double u = uniform[first + i];
-            if (u < mixed_share) {
-                even[num_even] = u / mixed_share;
+            if (u < even_share) {
+                even[num_even] = u / even_share;
                 place[SIDE_BY_SIDE - ++num_even] = i;
             } else {
-                rest[k] = (u - mixed_share) / (1.0 - mixed_share);
+                rest[k] = (u - even_share) / (1.0 - even_share);
                 place[k++] = i;
             }
         }

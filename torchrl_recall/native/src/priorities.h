@@ -1,4 +1,5 @@
-/* The C interface of draws by value: stored values, sums over them, and exact draws in O(1) each.
+/* The C interface of draws by value: stored values, sums over them, and exact draws, each on a way
+ * as long as the logarithm of their number to the base 16.
  *
  * Everything lies in memory that the caller owns; ../priorities.py mirrors the structure. Sums are
  * a tree of sixteen children a node, always added up anew from the children in one order, so that
@@ -14,7 +15,8 @@
 enum mode { MODE_TOP, MODE_SOFT, MODE_RANK, MODE_PER };
 /* What the nodes hold: sums of weights, or how many entries lie above a threshold and at it. */
 enum sums { SUMS_OF_WEIGHTS, SUMS_OF_COUNTS };
-enum draw_status { NOTHING_TO_DRAW = 2, BAD_INDEX = 3 };
+enum draw_status { NOTHING_TO_DRAW = 2 };
+enum write_status { OUT_OF_RANGE = -1, ONE_INDEX = -2 };
 
 /* What the weight of an entry depends on beside its own value. */
 typedef struct {
@@ -53,7 +55,7 @@ typedef struct {
     double least_weight, least_positive_weight;
 } recall_priorities;
 
-RECALL_EXPORT int64_t recall_priorities_bytes(void); /* of the structure, to compare */
+RECALL_EXPORT int64_t recall_priorities_bytes(void); /* of the structure, as a check of versions */
 RECALL_EXPORT int64_t recall_num_nodes(int64_t capacity);
 /* Brings the census up to date; MODE_TOP needs `num_drawable` to know its `num_best`. */
 RECALL_EXPORT int64_t recall_census(recall_priorities *p);
@@ -61,15 +63,16 @@ RECALL_EXPORT int64_t recall_census(recall_priorities *p);
 RECALL_EXPORT int64_t recall_prepare(recall_priorities *p);
 /* Writes values at indices, negative ones skipped, as well as values equal to `none`; `stride` 0
  * stands for one value for all. Returns how many values were not finite; or, before anything is
- * written, -1 for an index that is out of range, -2 for several values for one and the same index. */
+ * written, OUT_OF_RANGE for an index, ONE_INDEX for several values for one and the same. */
 RECALL_EXPORT int64_t recall_write(recall_priorities *p, const int64_t *index, const void *values,
                                    int64_t is_double, int64_t count, int64_t stride, double none);
-/* Takes the values at indices back: none yet. */
+/* Takes the values at indices back: none yet. Returns OK or OUT_OF_RANGE. */
 RECALL_EXPORT int64_t recall_erase(recall_priorities *p, const int64_t *index, int64_t count);
 /* Writes the first `count` values, where `none` stands for none yet; returns how many were not
- * finite. */
+ * finite, or OUT_OF_RANGE. */
 RECALL_EXPORT int64_t recall_refresh(recall_priorities *p, const void *values, int64_t is_double,
                                      int64_t count, double none);
+/* Says how many entries are stored; those that are new have the values that lie there. */
 RECALL_EXPORT int64_t recall_resize(recall_priorities *p, int64_t size);
 /* Entries for uniform numbers in [0, 1), and their importance weights, unless NULL. */
 RECALL_EXPORT int64_t recall_draw(recall_priorities *p, const double *uniform, int64_t count,

@@ -28,9 +28,8 @@ static VALUE OF(partition)(VALUE *v, int64_t n, int64_t k) {
     return v[k];
 }
 
-/* Counts by where they lie. NaN is nowhere. */
+/* Adds counts by where values lie. NaN is nowhere. */
 static void OF(count)(const VALUE *v, int64_t n, VALUE high, VALUE low, int64_t counts[4]) {
-    memset(counts, 0, 4 * sizeof *counts);
     for (int64_t from = 0; from < n; from += CHUNK) {
         const int64_t to = from + CHUNK < n ? from + CHUNK : n;
         int32_t above = 0, at_high = 0, between = 0, at_low = 0;
@@ -47,8 +46,8 @@ static void OF(count)(const VALUE *v, int64_t n, VALUE high, VALUE low, int64_t 
     }
 }
 
-/* Gathers what lies between; `to` has room for LANES more. */
-static void OF(gather)(const VALUE *v, int64_t n, VALUE high, VALUE low, VALUE *to) {
+/* Gathers what lies between; `to` has room for LANES more. Returns its end. */
+static VALUE *OF(gather)(const VALUE *v, int64_t n, VALUE high, VALUE low, VALUE *to) {
     int64_t i = 0;
 #ifdef GATHER
     GATHER
@@ -57,6 +56,20 @@ static void OF(gather)(const VALUE *v, int64_t n, VALUE high, VALUE low, VALUE *
         *to = v[i];
         to += (v[i] < high) & (v[i] > low);
     }
+    return to;
+}
+
+/* Counts, and gathers while a piece is in the cache; returns whether there was room for all. */
+static int OF(split)(const VALUE *v, int64_t n, VALUE high, VALUE low, int64_t counts[4],
+                     VALUE *inside, int64_t room) {
+    memset(counts, 0, 4 * sizeof *counts);
+    for (int64_t from = 0; from < n; from += CHUNK) {
+        const int64_t size = n - from < CHUNK ? n - from : CHUNK;
+        const int64_t before = counts[BETWEEN];
+        OF(count)(v + from, size, high, low, counts);
+        if (counts[BETWEEN] + LANES <= room) OF(gather)(v + from, size, high, low, inside + before);
+    }
+    return counts[BETWEEN] + LANES <= room;
 }
 
 /* Finds the k-th largest (from 0) of n values, of which `all` > k are not NaN: the threshold, with
@@ -71,6 +84,7 @@ static int64_t OF(find)(recall_priorities *p, const VALUE *v, int64_t n, int64_t
             if (v[i] == v[i]) few[m++] = v[i];
         }
         high = OF(partition)(few, m, k);
+        memset(counts, 0, sizeof counts);
         OF(count)(few, m, high, high, counts);
         p->threshold = (double)high;
         p->num_above += counts[ABOVE];
@@ -88,13 +102,21 @@ static int64_t OF(find)(recall_priorities *p, const VALUE *v, int64_t n, int64_t
      * the sample was unlucky. */
     const double share = ((double)k + 0.5) / (double)all, middle = share * (double)m;
     double spread = 3.0 * sqrt((double)m * share * (1.0 - share)) + 1.0;
-    for (int is_between = 0; !is_between; spread *= 4.0) {
+    VALUE *inside = NULL;
+    int is_between = 0, has_room = 0;
+    for (; !is_between; spread *= 4.0) {
         const int64_t first = (int64_t)fmax(middle - spread, 0.0);
         const int64_t last = (int64_t)fmin(middle + spread, (double)m);
         high = middle >= spread ? OF(partition)(few, m, first) : (VALUE)INFINITY;
         /* What is partitioned has the larger ones in front. */
         low = last < m ? OF(partition)(few + first, m - first, last - first) : -(VALUE)INFINITY;
-        OF(count)(v, n, high, low, counts);
+        /* As many as the sample lets expect, and a quarter more. */
+        const int64_t room =
+            (int64_t)(1.25 * (double)(last - first) / (double)(m + 1) * (double)n) + FEW;
+        free(inside);
+        inside = malloc((size_t)room * sizeof *inside);
+        if (!inside) return NO_MEMORY;
+        has_room = OF(split)(v, n, high, low, counts, inside, room);
         is_between = k >= counts[ABOVE] &&
                      k < counts[ABOVE] + counts[AT_HIGH] + counts[BETWEEN] + counts[AT_LOW];
     }
@@ -103,6 +125,7 @@ static int64_t OF(find)(recall_priorities *p, const VALUE *v, int64_t n, int64_t
     if (k < counts[ABOVE] + counts[AT_HIGH]) {
         p->threshold = (double)high;
         p->num_tied = counts[AT_HIGH];
+        free(inside);
         return OK;
     }
     k -= counts[ABOVE] + counts[AT_HIGH];
@@ -111,11 +134,15 @@ static int64_t OF(find)(recall_priorities *p, const VALUE *v, int64_t n, int64_t
         p->threshold = (double)low;
         p->num_above += counts[BETWEEN];
         p->num_tied = counts[AT_LOW];
+        free(inside);
         return OK;
     }
-    VALUE *inside = malloc((size_t)(counts[BETWEEN] + LANES) * sizeof *inside);
-    if (!inside) return NO_MEMORY;
-    OF(gather)(v, n, high, low, inside);
+    if (!has_room) {
+        free(inside);
+        inside = malloc((size_t)(counts[BETWEEN] + LANES) * sizeof *inside);
+        if (!inside) return NO_MEMORY;
+        OF(gather)(v, n, high, low, inside);
+    }
     p->band_low = (double)low;
     p->band_high = (double)high;
     int64_t status = OK;
@@ -123,6 +150,7 @@ static int64_t OF(find)(recall_priorities *p, const VALUE *v, int64_t n, int64_t
         status = OF(find)(p, inside, counts[BETWEEN], counts[BETWEEN], k);
     } else { /* the same sample would tell the same again */
         high = OF(partition)(inside, all, k);
+        memset(counts, 0, sizeof counts);
         OF(count)(inside, all, high, high, counts);
         p->threshold = (double)high;
         p->num_above += counts[ABOVE];

@@ -95,6 +95,7 @@ static int move_threshold(recall_priorities *p) {
     if (!p->band_is_valid || k < 0 || k >= n) return 0;
     for (int64_t i = 0; i < n; i++) value[i] = value_at(p, p->band[i]);
     const double after = partition_double(value, n, k);
+    memset(counts, 0, sizeof counts);
     count_double(value, n, after, after, counts);
     p->threshold = after;
     p->num_above = p->num_over + counts[ABOVE];

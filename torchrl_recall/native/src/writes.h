@@ -39,7 +39,8 @@ static recall_form form_of(const recall_priorities *p) {
         f.rate = 1.0;
         /* As a float it may be infinite. */
         const int is_beyond = !p->is_double && largest > FLT_MAX;
-        if (p->alpha == 1.0 || (is_beyond && p->alpha <= LARGE_EXPONENT)) f.rate = fmin(ldexp(1.0, -exponent), 1e37);
+        if (p->alpha == 1.0 || (is_beyond && p->alpha <= LARGE_EXPONENT))
+            f.rate = fmin(ldexp(1.0, -exponent), 1e37);
         else if (p->alpha > LARGE_EXPONENT) f.rate = fmin(1.0 / largest, 1e37);
         else f.shift = -exponent;
         f.extra = p->eps * f.rate;
@@ -157,12 +158,12 @@ int64_t NAME(recall_write)(recall_priorities *p, const int64_t *index, const voi
                            int64_t is_double, int64_t count, int64_t stride, double none) {
     int64_t refused = 0;
     for (int64_t i = 0; i < count; i++) {
-        if (index[i] >= p->capacity) return -1;
+        if (index[i] >= p->capacity) return OUT_OF_RANGE;
     }
     if (stride && count > 1) {
         int64_t i = 1;
         while (i < count && index[i] == index[0]) i++;
-        if (i == count) return -2;
+        if (i == count) return ONE_INDEX;
     }
     const double least = least_value(p);
     collect_band(p);
@@ -186,7 +187,7 @@ int64_t NAME(recall_write)(recall_priorities *p, const int64_t *index, const voi
 int64_t NAME(recall_erase)(recall_priorities *, const int64_t *, int64_t);
 int64_t NAME(recall_erase)(recall_priorities *p, const int64_t *index, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
-        if (index[i] >= p->capacity) return -1;
+        if (index[i] >= p->capacity) return OUT_OF_RANGE;
     }
     const double least = least_value(p);
     collect_band(p);
@@ -195,7 +196,7 @@ int64_t NAME(recall_erase)(recall_priorities *p, const int64_t *index, int64_t c
     }
     end_writes(p, least);
     follow(p, index, count);
-    return 0;
+    return OK;
 }
 
 #define COPY(to_type, from_type)                                                                  \
@@ -214,7 +215,7 @@ int64_t NAME(recall_refresh)(recall_priorities *, const void *, int64_t, int64_t
 int64_t NAME(recall_refresh)(recall_priorities *p, const void *values, int64_t is_double,
                              int64_t count, double none) {
     int64_t refused = 0;
-    if (count > p->capacity) return -1;
+    if (count > p->capacity) return OUT_OF_RANGE;
     const int with_census = count >= p->size && !p->has_min_value;
     begin_census(p);
     for (int64_t start = 0; start < count; start += CHUNK) {
