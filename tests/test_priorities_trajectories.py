@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from torchrl_recall.priorities.trajectories import TRAJECTORY_REDUCTIONS, TrajectoryGroups
+from torchrl_recall.priorities.trajectories import REDUCTIONS, TrajectoryGroups
 
 NONE, NAN = -math.inf, math.nan
 CASES = {
@@ -60,7 +60,7 @@ def test_groups(ids, oldest, dtype):
 
 
 @ids
-@pytest.mark.parametrize("reduction", TRAJECTORY_REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_reductions(ids, reduction, dtype):
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +95,7 @@ def test_entries_that_are_never_drawn_are_left_out():
     uniform = torch.tensor([0.0, 0.49, 0.5, 0.99])
     assert groups.steps_of(torch.ones(4, dtype=torch.int64), uniform).tolist() == [0, 0, 3, 3]
     values = torch.tensor([4.0, 1.0, 2.0, 3.0, 5.0])
-    for reduction in TRAJECTORY_REDUCTIONS:
+    for reduction in REDUCTIONS:
         got = groups.values(values, reduction)
         assert got.isnan().tolist() == [True, False]
         assert float(got[1]) == reduced([4.0, 3.0], reduction)
