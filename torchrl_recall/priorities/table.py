@@ -6,6 +6,7 @@ weights, `sums.py` weights into draws.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator
 
@@ -216,7 +217,9 @@ class WeightTable:
         least, dtype = self.parameters.min_value, self._values.dtype
         if least is None:
             return None
-        return max(torch.tensor(least, dtype=dtype).item(), torch.finfo(dtype).min)
+        # Not through a tensor: the host's numbers need not go near a device.
+        rounded = ctypes.c_float(least).value if dtype == torch.float32 else least
+        return max(rounded, torch.finfo(dtype).min)
 
     def _floor(self) -> float | Tensor:
         """The least value to draw, `-inf` if none reaches the given one."""
