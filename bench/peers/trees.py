@@ -81,11 +81,11 @@ class CpprbBuffer:
 
     def __init__(self, values: Tensor, storage: Any) -> None:
         try:
-            from cpprb import PrioritizedReplayBuffer
+            cpprb = import_module("cpprb")
         except ImportError as error:
             raise Unavailable(f"cpprb is not installed: {error}") from None
         rows = torch.zeros(values.numel(), dtype=torch.uint8).numpy()
-        self._buffer = PrioritizedReplayBuffer(
+        self._buffer = cpprb.PrioritizedReplayBuffer(
             values.numel(), {"row": {"dtype": rows.dtype}}, alpha=1.0, eps=1e-8
         )
         self._buffer.add(row=rows, priorities=values.numpy())
