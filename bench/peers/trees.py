@@ -8,6 +8,7 @@ numbers that nobody checks.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
