@@ -20,6 +20,8 @@ from torchrl_recall.checks import check_at_least_one, check_device, check_real
 from torchrl_recall.masking import blank_rows, one_each
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.observation import sorted_keys
+from torchrl_recall.starts import StartStates
+from torchrl_recall.trace_masks import TraceMask
 from torchrl_recall.traces import sample_traces
 from torchrl_recall.traces.backends import BACKENDS, Backend
 from torchrl_recall.traces.request import PRECISIONS, Precision
@@ -48,6 +50,9 @@ class BacktrackTransform(Transform):
         out_keys (sequence of NestedKey): where to write the traces.
         last_visit (bool): keep a step only if its state is not visited again later in the trace
             (for discrete states and lattices).
+        start (StartStates, optional): where traces start, instead of the sampled transitions' next
+            states; see `torchrl_recall.starts`.
+        masks (sequence of TraceMask): what else to leave out; see `torchrl_recall.trace_masks`.
         min_value (float, optional): mask traces whose start has a value below this.
         value_key (NestedKey): where to read that value, ``[*B]`` or ``[*B, 1]``.
         generator (torch.Generator, optional): source of randomness, on the model's device. By
@@ -81,6 +86,8 @@ class BacktrackTransform(Transform):
     """
 
     model: BacktrackModel
+    start: StartStates | None
+    masks: list[TraceMask]
 
     def __init__(
         self,
@@ -90,7 +97,9 @@ class BacktrackTransform(Transform):
         num_traces: int | None = None,
         in_keys: Sequence[NestedKey] | None = None,
         out_keys: Sequence[NestedKey] | None = None,
+        start: StartStates | None = None,
         last_visit: bool = True,
+        masks: Sequence[TraceMask] = (),
         min_value: float | None = None,
         value_key: NestedKey = "value_target",
         generator: torch.Generator | None = None,
@@ -99,9 +108,18 @@ class BacktrackTransform(Transform):
     ) -> None:
         if not isinstance(model, BacktrackModel):
             raise TypeError(f"model must be a BacktrackModel, got {type(model).__name__}.")
+        if start is not None:
+            if in_keys is not None or min_value is not None:
+                raise ValueError(
+                    "start supplies the states, so in_keys and min_value, which read them from "
+                    "the batch, cannot be given beside it."
+                )
+            if not callable(start):
+                raise TypeError(f"start must be a StartStates, got {type(start).__name__}.")
+            in_keys = []
         in_keys = model.next_observation_keys if in_keys is None else _as_list(in_keys)
         out_keys = ["trace"] if out_keys is None else _as_list(out_keys)
-        if len(in_keys) != len(model.observation_keys):
+        if start is None and len(in_keys) != len(model.observation_keys):
             raise ValueError(
                 f"in_keys {in_keys} must match the model's {model.observation_keys} one for one."
             )
@@ -109,7 +127,10 @@ class BacktrackTransform(Transform):
             raise ValueError(f"out_keys must name one key for the traces, got {out_keys}.")
         super().__init__(in_keys=in_keys, out_keys=out_keys)
         # In __dict__, or buffers would move it, switch it to eval and save it a second time.
-        self.__dict__["model"] = model
+        self.__dict__.update(model=model, start=start, masks=list(masks))
+        for mask in self.masks:
+            if not callable(mask):
+                raise TypeError(f"masks must hold TraceMasks, got a {type(mask).__name__}.")
         self.num_steps = check_at_least_one("num_steps", num_steps)
         self.num_traces = (
             None if num_traces is None else check_at_least_one("num_traces", num_traces)
@@ -162,23 +183,14 @@ class BacktrackTransform(Transform):
         return tensordict
 
     def _traces(self, tensordict: TensorDictBase) -> TensorDict:
-        codec = self.model.observation
-        data, eligible = tensordict, tensordict.get(("collector", "mask"), default=None)
-        if eligible is not None:
-            # Padding is not a place to go back from, and need not be valid.
-            eligible = one_each(tensordict, eligible, "('collector', 'mask')").bool()
-            data = blank_rows(tensordict, eligible, self.model, self.in_keys)
-        start = codec.read(data, self.in_keys, require_finite=False)
+        start, eligible = self._starts(tensordict)
         if start.is_floating_point():
             finite = torch.isfinite(start).all(-1)
             start = torch.where(finite.unsqueeze(-1), start, torch.zeros_like(start))
             eligible = finite if eligible is None else eligible & finite
-        if self.min_value is not None:
-            reached = self._start_value(tensordict) >= self.min_value
-            eligible = reached if eligible is None else eligible & reached
         trace = sample_traces(
             self.model,
-            codec.restore(start),
+            self.model.observation.restore(start),
             num_steps=self.num_steps,
             num_traces=self.num_traces,
             last_visit=self.last_visit,
@@ -186,13 +198,41 @@ class BacktrackTransform(Transform):
             backend=self.backend,
             precision=self.precision,
         )
+        kept = trace.get(("collector", "mask"))
         if eligible is not None:
-            mask = trace.get(("collector", "mask"))
-            mask &= eligible.reshape(*eligible.shape, *[1] * (mask.ndim - eligible.ndim))
+            kept &= eligible.reshape(*eligible.shape, *[1] * (kept.ndim - eligible.ndim))
+        for mask in self.masks:
+            kept &= _checked_mask(mask(trace), mask, kept)
         if any(name is not None for name in tensordict.names):
             # A rollout names its dimensions, and TensorDict cannot extend the names by itself.
             trace.names = [*tensordict.names, *[None] * (trace.ndim - tensordict.ndim)]
         return trace
+
+    def _starts(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None]:
+        """Return flat start states ``[*B, size]``, and which are eligible; None is all."""
+        codec = self.model.observation
+        if self.start is not None:
+            found = self.start(tensordict, self._generator())
+            if not isinstance(found, TensorDictBase) or found.shape != tensordict.shape:
+                came = getattr(found, "shape", type(found).__name__)
+                raise ValueError(
+                    f"start must return a TensorDict of batch {tuple(tensordict.shape)}, got "
+                    f"{came}."
+                )
+            eligible = found.get(("collector", "mask"), default=None)
+            if eligible is not None:
+                eligible = one_each(found, eligible, "start's ('collector', 'mask')").bool()
+                found = blank_rows(found, eligible, self.model, codec.keys)
+            return codec.read(found, require_finite=False), eligible
+        data, eligible = tensordict, tensordict.get(("collector", "mask"), default=None)
+        if eligible is not None:
+            # Padding is not a place to go back from, and need not be valid.
+            eligible = one_each(tensordict, eligible, "('collector', 'mask')").bool()
+            data = blank_rows(tensordict, eligible, self.model, self.in_keys)
+        if self.min_value is not None:
+            reached = self._start_value(tensordict) >= self.min_value
+            eligible = reached if eligible is None else eligible & reached
+        return codec.read(data, self.in_keys, require_finite=False), eligible
 
     def _start_value(self, tensordict: TensorDictBase) -> Tensor:
         value = tensordict.get(self.value_key, default=None)
@@ -231,6 +271,16 @@ class BacktrackTransform(Transform):
         memo[id(self)] = new
         new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return new
+
+
+def _checked_mask(kept: Tensor, mask: TraceMask, expected: Tensor) -> Tensor:
+    """Return what a mask said, if it is one bool for each step."""
+    if kept.dtype != torch.bool or kept.shape != expected.shape:
+        raise ValueError(
+            f"{type(mask).__name__} in masks gave {kept.dtype} of shape {tuple(kept.shape)}, "
+            f"expected bool of {tuple(expected.shape)}."
+        )
+    return kept
 
 
 def _as_list(keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
