@@ -1,6 +1,7 @@
 """Recall traces for TorchRL: learn what led to high-value states, and imitate it."""
 
-from torchrl_recall.loss import BacktrackLoss, RecallTraceLoss
+from torchrl_recall.backtrack_loss import BacktrackLoss
+from torchrl_recall.loss import RecallTraceLoss
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.refresh import ValueRefresh
 from torchrl_recall.sampler import ValuePrioritizedSampler

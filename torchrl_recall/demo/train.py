@@ -21,11 +21,12 @@ from torchrl.modules import MLP, ProbabilisticActor, ValueOperator
 from torchrl.objectives import A2CLoss
 from torchrl.objectives.value import GAE
 
+from torchrl_recall.backtrack_loss import BacktrackLoss
 from torchrl_recall.demo import METHODS, SOLVED
 from torchrl_recall.demo.sil import SelfImitation
 from torchrl_recall.envs import FourRoomsEnv, start_success
 from torchrl_recall.envs.four_rooms import Start
-from torchrl_recall.loss import BacktrackLoss, RecallTraceLoss
+from torchrl_recall.loss import RecallTraceLoss
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.observation import ObservationCodec
 from torchrl_recall.sampler import ValuePrioritizedSampler
