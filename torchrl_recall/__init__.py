@@ -1,8 +1,10 @@
 """Recall traces for TorchRL: learn what led to high-value states, and imitate it."""
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
+from torchrl_recall.imitation_weights import AdvantageWeight
 from torchrl_recall.loss import RecallTraceLoss
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.qvalue_weight import QValueWeight
 from torchrl_recall.refresh import ValueRefresh
 from torchrl_recall.sampler import ValuePrioritizedSampler
 from torchrl_recall.traces import sample_traces
@@ -10,9 +12,11 @@ from torchrl_recall.transform import BacktrackTransform
 from torchrl_recall.values import transition_value
 
 __all__ = [
+    "AdvantageWeight",
     "BacktrackLoss",
     "BacktrackModel",
     "BacktrackTransform",
+    "QValueWeight",
     "RecallTraceLoss",
     "ValuePrioritizedSampler",
     "ValueRefresh",
