@@ -151,7 +151,7 @@ class RecallTraceLoss(LossModule):
         self.loss_function = loss_function
         self.register_buffer("half_range", half_range(action_spec), persistent=False)
         # In __dict__: the weight's networks are not this loss's, even if it is a module.
-        self.__dict__.update(weight=weight)
+        object.__setattr__(self, "weight", weight)
         self.discount = check_real("discount", discount, 0.0, 1.0)
         self.normalize_weights = bool(normalize_weights)
         fitted = [] if self.backtrack is None else self.backtrack.out_keys
