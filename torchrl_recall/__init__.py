@@ -1,6 +1,7 @@
 """Recall traces for TorchRL: learn what led to high-value states, and imitate it."""
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
+from torchrl_recall.fit import fit
 from torchrl_recall.loss import RecallTraceLoss
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.refresh import ValueRefresh
@@ -16,6 +17,7 @@ __all__ = [
     "RecallTraceLoss",
     "ValuePrioritizedSampler",
     "ValueRefresh",
+    "fit",
     "sample_traces",
     "transition_value",
 ]
