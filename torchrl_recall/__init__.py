@@ -3,6 +3,7 @@
 from torchrl_recall.backtrack_loss import BacktrackLoss
 from torchrl_recall.cell_support import CellSupport
 from torchrl_recall.imitation_weights import AdvantageWeight
+from torchrl_recall.fit import fit
 from torchrl_recall.loss import RecallTraceLoss
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.qvalue_weight import QValueWeight
@@ -26,6 +27,7 @@ __all__ = [
     "TraceLengthScheduler",
     "ValuePrioritizedSampler",
     "ValueRefresh",
+    "fit",
     "sample_traces",
     "transition_value",
 ]

@@ -1,4 +1,4 @@
-"""What a user looks at to trust a model: what it has learned, in a form that can be compared.
+"""What a model of a maze has learned, as a table that can be compared with the exact one.
 
 Beside the data's way: `BacktrackModel` -> `tabular_kernel` -> ``envs.exact.kernel_divergence``.
 """
