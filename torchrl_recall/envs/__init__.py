@@ -12,6 +12,7 @@ from torchrl_recall.envs.exact import (
     trajectory_log_probability,
     transition_probability,
 )
+from torchrl_recall.envs.exact_model import exact_backtrack_model
 from torchrl_recall.envs.four_rooms import FourRoomsEnv
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "FourRoomsEnv",
     "KernelDivergence",
     "backtrack_kernel",
+    "exact_backtrack_model",
     "expected_visits",
     "forward_log_probability",
     "kernel_divergence",
