@@ -5,6 +5,7 @@ from torchrl_recall.loss import RecallTraceLoss
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.refresh import ValueRefresh
 from torchrl_recall.sampler import ValuePrioritizedSampler
+from torchrl_recall.schedulers import TraceLengthScheduler
 from torchrl_recall.traces import sample_traces
 from torchrl_recall.transform import BacktrackTransform
 from torchrl_recall.values import transition_value
@@ -14,6 +15,7 @@ __all__ = [
     "BacktrackModel",
     "BacktrackTransform",
     "RecallTraceLoss",
+    "TraceLengthScheduler",
     "ValuePrioritizedSampler",
     "ValueRefresh",
     "sample_traces",
