@@ -1,11 +1,13 @@
 """Recall traces for TorchRL: learn what led to high-value states, and imitate it."""
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
+from torchrl_recall.cell_support import CellSupport
 from torchrl_recall.loss import RecallTraceLoss
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.refresh import ValueRefresh
 from torchrl_recall.sampler import ValuePrioritizedSampler
 from torchrl_recall.schedulers import TraceLengthScheduler
+from torchrl_recall.support import DataSupport
 from torchrl_recall.traces import sample_traces
 from torchrl_recall.transform import BacktrackTransform
 from torchrl_recall.values import transition_value
@@ -14,6 +16,8 @@ __all__ = [
     "BacktrackLoss",
     "BacktrackModel",
     "BacktrackTransform",
+    "CellSupport",
+    "DataSupport",
     "RecallTraceLoss",
     "TraceLengthScheduler",
     "ValuePrioritizedSampler",

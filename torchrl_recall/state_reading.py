@@ -93,7 +93,9 @@ def check_positive(name: str, value: Any) -> Tensor:
         numbers = torch.as_tensor(value, dtype=torch.get_default_dtype())
     except (TypeError, ValueError, RuntimeError):
         kind = type(value).__name__
-        raise TypeError(f"{name} must be a number or one for each coordinate, got {kind}.") from None
+        raise TypeError(
+            f"{name} must be a number or one for each coordinate, got {kind}."
+        ) from None
     if numbers.ndim > 1 or not bool(((numbers > 0) & torch.isfinite(numbers)).all()):
         raise ValueError(
             f"{name} must be positive and finite, one number or one for each coordinate, got "
@@ -131,3 +133,16 @@ def stored_data(data: Any) -> TensorDictBase:
     if source.shape.numel() == 0:
         raise ValueError(f"data is empty: batch size {tuple(source.shape)}.")
     return source if source.ndim else source.unsqueeze(0)
+
+
+def usable_rows(data: TensorDictBase, states: Tensor) -> Tensor:
+    """Return ``[*B]`` bool: which rows are finite and no padding (``("collector", "mask")``)."""
+    finite = torch.isfinite(states).all(-1)
+    mask = data.get(("collector", "mask"), default=None)
+    return finite if mask is None else finite & mask.reshape(data.shape).bool()
+
+
+def check_size(state: Tensor, size: int) -> None:
+    """Refuse flat states of another size than the data's."""
+    if state.ndim == 0 or state.shape[-1] != size:
+        raise ValueError(f"state has shape {tuple(state.shape)}, expected [*B, {size}].")
