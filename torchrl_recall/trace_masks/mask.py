@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
@@ -84,12 +83,3 @@ def require_floating(name: str, state: Tensor) -> Tensor:
     if not state.is_floating_point():
         raise TypeError(f"{name} needs continuous states, got dtype {state.dtype}.")
     return state
-
-
-def later(values: Tensor, reduction: str) -> Tensor:
-    """Return the least (``"min"``) or greatest of all later values: ``[*B, T + 1]`` to T.
-
-    What is not finite leaves nothing to compare with: for it and everything older, see `rising`.
-    """
-    function = torch.cummin if reduction == "min" else torch.cummax
-    return function(values.flip(-1), -1).values.flip(-1)[..., 1:]

@@ -139,7 +139,8 @@ class RisingDistance:
         before, end = states[..., :-1, :], states[..., -1:, :]
         distance = self.distance(before, end.expand_as(before))
         if not isinstance(distance, Tensor) or distance.shape != trace.shape:
-            came = getattr(distance, "shape", type(distance).__name__)
+            shaped = isinstance(distance, Tensor)
+            came = tuple(distance.shape) if shaped else type(distance).__name__
             raise ValueError(f"distance gave {came}, expected a tensor of {tuple(trace.shape)}.")
         distance = torch.cat([distance, torch.zeros_like(distance[..., :1])], -1)
         return _rising(-distance, True)

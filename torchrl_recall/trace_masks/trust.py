@@ -36,11 +36,15 @@ class Disagreement:
 
     Examples:
         >>> import torch
-        >>> from torchrl_recall import BacktrackModel, sample_traces
+        >>> from tensordict import TensorDict
+        >>> from torchrl_recall import BacktrackModel
         >>> model = BacktrackModel(3, 1, num_cells=(32,), num_members=3)
-        >>> trace = sample_traces(model, torch.zeros(4, 3), num_steps=8, backend="eager")
-        >>> Disagreement(model, max_disagreement=0.0)(trace).any()
-        tensor(False)
+        >>> data = TensorDict({"observation": torch.randn(40, 3), "action": torch.zeros(40, 1),
+        ...                    "next": {"observation": torch.randn(40, 3)}}, [40])
+        >>> mask = Disagreement(model)
+        >>> _ = mask.calibrate(data, quantile=1.0)
+        >>> mask(data.reshape(4, 10)).shape
+        torch.Size([4, 10])
     """
 
     def __init__(self, model: BacktrackModel, *, max_disagreement: float | None = None) -> None:
@@ -69,7 +73,7 @@ class Disagreement:
             float: the threshold.
         """
         quantile = check_real("quantile", quantile, 0.0, 1.0)
-        source = stored_data(data)
+        source: Any = stored_data(data)
         source = source[:: max(1, source.shape.numel() // num_rows)]
         mask = source.get(("collector", "mask"), default=None)
         if mask is not None:
@@ -120,9 +124,8 @@ class ForwardAgreement:
         TypeError: arguments of the wrong type, or at the first call, discrete states.
         ValueError: a negative tolerance, or keys that do not match.
 
-    Source: after the consistency checks of Cheng et al., *Look Beneath the Surface: Exploiting
-    Fundamental Symmetry for Sample-Efficient Offline RL* (TSRL), NeurIPS 2023, and Lyu et al.,
-    *Double Check Your State Before Trusting It* (CABI), NeurIPS 2022.
+    Source: after Lyu et al., *Double Check Your State Before Trusting It* (CABI), NeurIPS 2022,
+    https://arxiv.org/abs/2206.07989.
 
     Examples:
         >>> import torch

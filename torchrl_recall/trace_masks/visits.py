@@ -49,8 +49,8 @@ class LastVisitCells:
         *,
         in_keys: NestedKey | Sequence[NestedKey] = "observation",
     ) -> None:
-        self.to_cells = None if isinstance(cell_size, Tensor) or not callable(cell_size) else cell_size
-        self.cell_size = None if self.to_cells else check_positive("cell_size", cell_size)
+        self.to_cells = cell_size if callable(cell_size) else None
+        self.cell_size = None if callable(cell_size) else check_positive("cell_size", cell_size)
         self.in_keys = as_keys("in_keys", in_keys)
 
     @torch.no_grad()
@@ -102,10 +102,12 @@ class LastVisitRadius:
     Examples:
         >>> import torch
         >>> from tensordict import TensorDict
-        >>> walk = torch.tensor([[0.0], [0.2], [0.4], [0.2], [0.6]])
+        >>> walk = torch.tensor([[0.0], [0.2], [0.4], [0.6], [0.8]])
         >>> trace = TensorDict({"observation": walk[:-1], "next": {"observation": walk[1:]}}, [4])
-        >>> LastVisitRadius(0.3)(trace), LastVisitRadius(0.3, against="all")(trace)
-        (tensor([False, False, False,  True]), tensor([False, False, False,  True]))
+        >>> LastVisitRadius(0.3)(trace)
+        tensor([ True, False,  True, False])
+        >>> LastVisitRadius(0.3, against="all")(trace).any()
+        tensor(False)
     """
 
     def __init__(
