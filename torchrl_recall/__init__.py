@@ -7,6 +7,7 @@ from torchrl_recall.model import BacktrackModel
 from torchrl_recall.qvalue_weight import QValueWeight
 from torchrl_recall.refresh import ValueRefresh
 from torchrl_recall.sampler import ValuePrioritizedSampler
+from torchrl_recall.trace_transitions import trace_transitions
 from torchrl_recall.traces import sample_traces
 from torchrl_recall.transform import BacktrackTransform
 from torchrl_recall.values import transition_value
@@ -21,5 +22,6 @@ __all__ = [
     "ValuePrioritizedSampler",
     "ValueRefresh",
     "sample_traces",
+    "trace_transitions",
     "transition_value",
 ]
