@@ -11,6 +11,7 @@ from torchrl_recall.refresh import ValueRefresh
 from torchrl_recall.sampler import ValuePrioritizedSampler
 from torchrl_recall.schedulers import TraceLengthScheduler
 from torchrl_recall.support import DataSupport
+from torchrl_recall.trace_transitions import trace_transitions
 from torchrl_recall.traces import sample_traces
 from torchrl_recall.transform import BacktrackTransform
 from torchrl_recall.values import transition_value
@@ -29,5 +30,6 @@ __all__ = [
     "ValueRefresh",
     "fit",
     "sample_traces",
+    "trace_transitions",
     "transition_value",
 ]
