@@ -127,7 +127,8 @@ class TestLearning:
     def test_generates_where_goals_are_good(self, seed):
         """A ring that holds 26 % of the space: at least 80 % of what is generated lies in it.
 
-        Seeds 0 to 9 gave 93 to 100 %.
+        Seeds 0 to 9 gave 86 to 100 %. One of them, not tried here, fell into one quarter of the
+        ring, as adversarial networks may.
         """
         gan = make_gan(seed=seed)
         log = fit_ring(gan, rounds=8)
@@ -136,8 +137,8 @@ class TestLearning:
         uniform = gan.space.uniform(4000, generator(seed + 50))
         assert abs(in_ring(uniform).float().mean() - math.pi * (0.49 - 0.16) / 4) < 0.04
         assert in_ring(made).float().mean() > 0.8
-        # Not in one place: the ring is at least half covered, by quarters of it.
-        assert len((torch.atan2(made[:, 1], made[:, 0]) / (math.pi / 2)).floor().unique()) >= 2
+        # Not in one place: in all quarters of the ring.
+        assert len((torch.atan2(made[:, 1], made[:, 0]) / (math.pi / 2)).floor().unique()) == 4
         assert in_ring(gan.old_goals).all()
         assert 0.5 < log["share_good"] < 1
 
