@@ -4,6 +4,7 @@ from torchrl_recall.backtrack_loss import BacktrackLoss
 from torchrl_recall.cell_support import CellSupport
 from torchrl_recall.fit import fit
 from torchrl_recall.imitation_weights import AdvantageWeight
+from torchrl_recall.goals import GoalGAN
 from torchrl_recall.loss import RecallTraceLoss
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.qvalue_weight import QValueWeight
@@ -24,6 +25,7 @@ __all__ = [
     "CellSupport",
     "DataSupport",
     "QValueWeight",
+    "GoalGAN",
     "RecallTraceLoss",
     "TraceLengthScheduler",
     "ValuePrioritizedSampler",
