@@ -13,11 +13,13 @@ from torchrl_recall.envs.exact import (
     transition_probability,
 )
 from torchrl_recall.envs.four_rooms import FourRoomsEnv
+from torchrl_recall.envs.point_maze import PointMazeEnv
 
 __all__ = [
     "BacktrackKernel",
     "FourRoomsEnv",
     "KernelDivergence",
+    "PointMazeEnv",
     "backtrack_kernel",
     "expected_visits",
     "forward_log_probability",
