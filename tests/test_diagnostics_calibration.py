@@ -188,7 +188,7 @@ def wall():
         model = BacktrackModel(1, 1, num_cells=(64,), num_components=components)
         options = {"schedule": "cosine", "learning_rate": 1e-2, "progress": False}
         generator = torch.Generator().manual_seed(0)
-        fit(model, data, num_steps=600, generator=generator, **options)
+        fit(model, data, num_steps=400, generator=generator, **options)
         models[components] = model
     return models
 
