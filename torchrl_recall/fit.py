@@ -19,6 +19,7 @@ from torchrl_recall.checks import check_at_least_one, check_real
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.transitions import (
     ROWS_AT_ONCE,
+    backward_log_prob,
     select_rows,
     stored_transitions,
     usable_rows,
@@ -259,7 +260,8 @@ class _Run:
     def batch(self, rows: Tensor) -> TensorDictBase:
         """Copy rows to the model's device."""
         # Where the storage is on a GPU, so must be the index.
-        return self.data[rows.to(self.data.device or rows.device)].to(self.device)
+        batch: Any = self.data[rows.to(self.data.device or rows.device)]
+        return batch.to(self.device)
 
     @torch.no_grad()
     def update_statistics(self) -> None:
@@ -271,11 +273,12 @@ class _Run:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Return the mean loss of the held-out rows."""
+        """Return the mean negative log-likelihood of the held-out rows, as they are walked."""
         self.loss.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for rows in self.kept_out.split(max(self.batch_size, 4096)):
-            total += self.loss(self.batch(rows))["loss_backtrack"].double() * len(rows)
+            for term in backward_log_prob(self.loss, self.batch(rows)).values():
+                total -= term.double().sum()
         return float(total) / len(self.kept_out) if len(self.kept_out) else math.nan
 
     def fit(

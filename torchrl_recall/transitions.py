@@ -5,12 +5,13 @@ Rows are read from the storage as they were written; nothing is drawn, and no tr
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase, unravel_key
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.data import ReplayBuffer, Storage
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
@@ -38,10 +39,9 @@ def stored_transitions(buffer: ReplayBuffer | Storage | TensorDictBase) -> Tenso
         data: Any = buffer
     else:
         with ExitStack() as stack:
-            storage: Any = buffer
-            if isinstance(buffer, ReplayBuffer):
-                storage = getattr(buffer, "storage", None)
-            if not isinstance(storage, Storage):
+            local = isinstance(buffer, ReplayBuffer)
+            storage: Any = getattr(buffer, "storage", None) if local else buffer
+            if not issubclass(type(storage), Storage):
                 raise TypeError(
                     "buffer must be a ReplayBuffer with its storage in this process, a Storage or "
                     f"a TensorDict, got {type(buffer).__name__}; read a remote one: buffer[:]."
@@ -90,6 +90,35 @@ def select_rows(
     return data.select(*loss.in_keys, *wanted, strict=False).reshape(-1)
 
 
+def backward_log_prob(loss: BacktrackLoss, data: TensorDictBase) -> dict[str, Tensor]:
+    """Return the log-probability of rows that all count, by factor; an ensemble's as a mixture.
+
+    Args:
+        loss (BacktrackLoss): says what is read.
+        data (TensorDictBase): transitions ``[N]``.
+
+    Returns:
+        dict: ``"action"`` and ``"delta"``, and with a stop head ``"stop"`` (of not stopping at the
+        next state) and ``"start"`` (of stopping at the observation of an episode's first step, 0
+        for the others), each ``[N]``.
+    """
+    model = loss.model
+    keys, action_key = loss._observation_keys, loss.tensor_keys.action
+    state, action, next_state = model.read(data, observation_keys=keys, action_key=action_key)
+    terms = dict(model.step_log_prob(state, action, next_state))
+    if bool(torch.isneginf(terms["delta"]).any()):
+        raise ValueError(
+            f"{int(torch.isneginf(terms['delta']).sum())} of {len(data)} transitions have a "
+            "displacement s_t - s_(t+1) that is not in the model's delta_support; add it there."
+        )
+    if model.has_stop:
+        members = [model.member(i) for i in range(model.num_members)]
+        stops = torch.stack([nn.functional.logsigmoid(one.stop_logit(state)) for one in members])
+        mean = stops.logsumexp(0) - math.log(len(members))
+        terms["start"] = torch.where(loss._is_init(data), mean, 0.0)
+    return terms
+
+
 @torch.no_grad()
 def usable_rows(loss: BacktrackLoss, data: TensorDictBase, *, mask_nonfinite: bool) -> Tensor:
     """Return which rows count: not masked, and finite.
@@ -110,7 +139,8 @@ def usable_rows(loss: BacktrackLoss, data: TensorDictBase, *, mask_nonfinite: bo
     following = [unravel_key(("next", key)) for key in keys]
     action_key = loss.tensor_keys.action
     for start in range(0, len(data), ROWS_AT_ONCE):
-        batch = data[start : start + ROWS_AT_ONCE].to(model.device)
+        batch: Any = data[start : start + ROWS_AT_ONCE]
+        batch = batch.to(model.device)
         kept = kept_rows(loss, batch)
         state, action, next_state = model.read(
             blank_rows(batch, kept, model, [*keys, *following], action_key),

@@ -17,10 +17,11 @@ what has been reached?          `goal_coverage`
 **Many predecessors.** A state can have many: against a wall all of ``s' = max(s + a, 0)`` with
 ``s + a <= 0`` end in 0; contacts, sticky ends and absorbing states are alike. A single Gaussian
 then becomes the *moment match*: mean and variance are right, the shape is not, and samples lie
-between and beyond the real ones. It shows in `calibration` on the rows concerned while the likelihood looks
-good on average, in `distance_to_data`, and in the replayed error. What to do: several components or
-members, which can hold several modes; ``delta_support`` where steps lie on a lattice; and short
-traces. Resets are none of this: a reset is no step, see `torchrl_recall.fit`.
+between and beyond the real ones. It shows in `calibration` on the rows concerned while the
+likelihood looks good on average, in `distance_to_data`, and in the replayed error. What to do: a
+mixture (``num_components``) or an ensemble, which can hold several modes; ``delta_support`` where
+steps lie on a lattice; and short traces. Resets are none of this: a reset is no step, see
+`torchrl_recall.fit`.
 """
 
 from torchrl_recall.diagnostics.bound import Bound, maze_bound, maze_gap, variational_bound

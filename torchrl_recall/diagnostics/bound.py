@@ -184,7 +184,7 @@ def maze_bound(
         >>> bool(bound.value_possible < bound.log_evidence)  # nothing learned yet
         True
     """
-    stop, predecessor = _kernel_with_stop(model, env)
+    kernels = _kernels(model, env)
     num_traces = check_at_least_one("num_traces", num_traces)
     if horizon is not None:
         # One step more shows whether a trace of that length ends there.
@@ -209,12 +209,14 @@ def maze_bound(
     states = torch.cat([before, after[:, -1:]], -1)
     first = states.gather(-1, (num_steps - length).unsqueeze(-1)).squeeze(-1)
 
-    step_q = torch.log1p(-stop[after]) + predecessor[after, action, before].log()
     policy = action_probability.double() / action_probability.double().sum(-1, keepdim=True)
     step_p = policy[before, action].log() + transition_probability(env)[before, action, after].log()
     # An episode is over at the goal, where the table of transitions says that all moves stay.
     step_p = torch.where(before == goal_cell, -torch.inf, step_p)
-    log_q = torch.where(mask, step_q, 0.0).sum(-1) + torch.where(ended, stop[first].log(), 0.0)
+    log_q = torch.stack(
+        [_walk_log_prob(*kernel, before, action, after, first, mask, ended) for kernel in kernels]
+    )
+    log_q = log_q.logsumexp(0) - math.log(len(kernels))
     begin = torch.where(ended, env.start_probability[first], exact.visits[first])
     log_p = torch.where(mask, step_p, 0.0).sum(-1) + begin.log()
     if horizon is None:
@@ -225,8 +227,9 @@ def maze_bound(
             f"horizon {horizon} is too short: {int(ended.sum())} of {num_traces} traces are within "
             f"it, and the policy reaches the goal within it with probability {evidence:.3g}."
         )
-    within = _ends_within(stop, predecessor, int(goal_cell), horizon)
-    return variational_bound(log_p[ended], log_q[ended] - within.log(), math.log(evidence))
+    within = [_ends_within(*kernel, int(goal_cell), horizon) for kernel in kernels]
+    log_q = log_q - torch.stack(within).mean().log()
+    return variational_bound(log_p[ended], log_q[ended], math.log(evidence))
 
 
 @torch.no_grad()
@@ -246,7 +249,8 @@ def maze_gap(model: BacktrackModel, env: FourRoomsEnv, action_probability: Tenso
 
     Raises:
         TypeError: not a backtracking model.
-        ValueError: the model is not one of this maze, has no stop head, or never ends its walks.
+        ValueError: the model is not one of this maze, has no stop head, never ends its walks, or
+            is an ensemble with ``member_per="trace"``.
 
     Source: Goyal et al., *Recall Traces*, ICLR 2019, https://arxiv.org/abs/1804.00379.
 
@@ -260,7 +264,13 @@ def maze_gap(model: BacktrackModel, env: FourRoomsEnv, action_probability: Tenso
         >>> maze_gap(model, env, torch.full((25, 4), 0.25)).item()  # it walks through walls
         inf
     """
-    stop, predecessor = _kernel_with_stop(model, env)
+    kernels = _kernels(model, env)
+    if len(kernels) > 1:
+        raise ValueError(
+            "model is an ensemble that draws a member for each trace, so that its walks have no "
+            "Markov kernel; estimate the gap by maze_bound."
+        )
+    stop, predecessor = kernels[0]
     exact = backtrack_kernel(env, action_probability)
     goal_cell = int(model.observation.joint_index(env.goal))
     walk = (1 - stop).unsqueeze(-1) * predecessor.sum(1)
@@ -281,11 +291,29 @@ def _relative_entropy(given: Tensor, other: Tensor) -> Tensor:
     return torch.where(given > 0, given * (given.log() - other.log()), 0.0)
 
 
-def _kernel_with_stop(model: BacktrackModel, env: FourRoomsEnv) -> tuple[Tensor, Tensor]:
-    stop, predecessor = tabular_kernel(model, env)
+def _kernels(model: BacktrackModel, env: FourRoomsEnv) -> list[tuple[Tensor, Tensor]]:
+    """Kernels of which one, drawn for each trace, does all its steps."""
+    kernel = tabular_kernel(model, env)
     if not model.has_stop:
         raise ValueError("model has no stop head, so its traces are no whole trajectories.")
-    return stop, predecessor
+    if model.num_members == 1 or model.member_per == "step":
+        return [kernel]
+    return [tabular_kernel(model.member(i), env) for i in range(model.num_members)]
+
+
+def _walk_log_prob(
+    stop: Tensor,
+    predecessor: Tensor,
+    before: Tensor,
+    action: Tensor,
+    after: Tensor,
+    first: Tensor,
+    mask: Tensor,
+    ended: Tensor,
+) -> Tensor:
+    """Log-probability ``[N]`` of walks that end at ``first``, or are cut off there."""
+    steps = torch.log1p(-stop[after]) + predecessor[after, action, before].log()
+    return torch.where(mask, steps, 0.0).sum(-1) + torch.where(ended, stop[first].log(), 0.0)
 
 
 def _ends_within(stop: Tensor, predecessor: Tensor, cell: int, horizon: int) -> Tensor:

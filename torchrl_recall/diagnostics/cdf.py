@@ -19,6 +19,9 @@ from torchrl_recall.heads import (
     SupportDelta,
     TanhNormalHead,
 )
+from torchrl_recall.mixture import MixtureDelta
+from torchrl_recall.model import BacktrackModel
+from torchrl_recall.uniform import UniformHead
 
 
 def delta_cdf(
@@ -58,7 +61,7 @@ def value_cdf(head: nn.Module, parameters: Tensor, value: Tensor, uniform: Tenso
     """Return where real values (actions, or changes of a continuous state) lie.
 
     Args:
-        head (nn.Module): a Gaussian, squashed Gaussian or categorical head.
+        head (nn.Module): a Gaussian, squashed Gaussian, mixture, uniform or categorical head.
         parameters (Tensor): ``[N, output_size]``.
         value (Tensor): ``[N, size]``, or ``[N]`` indices of classes.
         uniform (Tensor): ``[N]`` in [0, 1), for heads over classes.
@@ -71,6 +74,13 @@ def value_cdf(head: nn.Module, parameters: Tensor, value: Tensor, uniform: Tenso
     """
     if isinstance(head, CategoricalHead):
         return _class_cdf(parameters, value, uniform)
+    if isinstance(head, UniformHead):
+        return ((head.features(value).double() + 1) / 2).clamp(0, 1)
+    if isinstance(head, MixtureDelta):
+        loc, log_scale, logits = head.split(parameters)
+        noise = head.normalizer.normalize(value).unsqueeze(-2) - loc
+        each = torch.special.ndtr(noise.double() * torch.exp(-log_scale.double()))
+        return (torch.softmax(logits.double(), -1).unsqueeze(-1) * each).sum(-2)
     if isinstance(head, NormalHead):
         noise = head.normalizer.normalize(value)
     elif isinstance(head, TanhNormalHead):
@@ -82,6 +92,48 @@ def value_cdf(head: nn.Module, parameters: Tensor, value: Tensor, uniform: Tenso
     gaussian: Any = head
     loc, log_scale = gaussian.split(parameters)
     return torch.special.ndtr((noise - loc).double() * torch.exp(-log_scale.double()))
+
+
+def model_cdf(
+    model: BacktrackModel,
+    factor: str,
+    state: Tensor,
+    action: Tensor,
+    next_state: Tensor,
+    uniform: Tensor,
+) -> Tensor:
+    """Return where real steps lie in a model's distribution, that of a step going on.
+
+    An ensemble's is the mixture of its members. Δ is given the action, so that a member counts as
+    far as it predicted the action.
+
+    Args:
+        model (BacktrackModel): the model.
+        factor (str): ``"action"`` or ``"delta"``.
+        state (Tensor): ``[N, size]``.
+        action (Tensor): flat actions, ``[N, A]`` or ``[N]``.
+        next_state (Tensor): ``[N, size]``.
+        uniform (Tensor): ``[N]`` in [0, 1), for heads over classes.
+
+    Returns:
+        Tensor: ``[N, size]``, ``[N, A]`` or ``[N, 1]`` in [0, 1], float64.
+    """
+    found, weights = [], []
+    for i in range(model.num_members):
+        one = model.member(i)
+        action_parameters = one.action_parameters(next_state)
+        weight = uniform.new_zeros(len(uniform))
+        if one.has_stop:
+            weight = torch.nn.functional.logsigmoid(-one.stop_logit(next_state)).double()
+        if factor == "action":
+            found.append(value_cdf(one.action.head, action_parameters, action, uniform))
+        else:
+            weight = weight + one.action.head.log_prob(action_parameters, action).double()
+            parameters = one.delta_parameters(action, next_state)
+            found.append(delta_cdf(one.delta_head, parameters, state, next_state, uniform))
+        weights.append(weight)
+    share = torch.softmax(torch.stack(weights), 0).unsqueeze(-1)
+    return (share * torch.stack(found)).sum(0)
 
 
 def _class_cdf(logits: Tensor, index: Tensor, uniform: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor
 
 from torchrl_recall.checks import check_at_least_one
@@ -36,7 +36,7 @@ class CompoundingError(NamedTuple):
     """Of the mean, traces taken as independent, ``[K]``."""
     median: Tensor
     """Over traces, ``[K]``: the mean follows the worst of them."""
-    count: Tensor
+    num_traces: Tensor
     """Traces that counted, int64 ``[K]``."""
     path: Tensor
     """Median error after 1, 2, ... steps of the longest replay, ``[max(steps)]``."""
@@ -179,9 +179,7 @@ def _columns(trace, observation_keys, action_key) -> tuple[Tensor, Tensor, Tenso
         return value
 
     def state(prefix) -> Tensor:
-        parts = [
-            read((*prefix, *key) if isinstance(key, tuple) else (*prefix, key)) for key in keys
-        ]
+        parts = [read(unravel_key((*prefix, key))) for key in keys]
         return torch.cat([part.reshape(*trace.shape, -1) for part in parts], -1)
 
     following = state(("next",))

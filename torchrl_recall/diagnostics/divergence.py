@@ -5,7 +5,7 @@ Beside the data's way, after fitting: a model that is wrong here gives wrong tra
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -17,7 +17,7 @@ from torchrl_recall.diagnostics.kernel import tabular_kernel
 from torchrl_recall.envs.exact import backtrack_kernel, kernel_divergence
 from torchrl_recall.envs.four_rooms import FourRoomsEnv
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.transitions import usable_rows
+from torchrl_recall.transitions import backward_log_prob, usable_rows
 
 
 class MazeDivergence(NamedTuple):
@@ -41,7 +41,8 @@ class NegativeLogLikelihood(NamedTuple):
     """Mean negative log-likelihood of real transitions, by factor, in nats (float64 scalars)."""
 
     total: Tensor
-    """Of the whole step; with a stop head its stop examples too, as in `BacktrackLoss`."""
+    """Of the whole step; with a stop head its stop examples too, as in `BacktrackLoss`. Of an
+    ensemble: that of the mixture, which is what walks, not the mean of its members'."""
     standard_error: Tensor
     """Of ``total``, rows taken as independent."""
     action: Tensor
@@ -50,7 +51,7 @@ class NegativeLogLikelihood(NamedTuple):
     """Of ``q(Δ|a,s')``."""
     stop: Tensor | None
     """Of not having stopped at the next state; None without a stop head."""
-    count: int
+    num_rows: int
     """Transitions that counted."""
 
     def scalars(self) -> dict[str, float]:
@@ -137,11 +138,11 @@ def held_out_likelihood(
         >>> data = TensorDict({"observation": torch.randn(5, 3), "action": torch.zeros(5, 1),
         ...                    "next": {"observation": torch.randn(5, 3)}}, [5])
         >>> found = held_out_likelihood(BacktrackModel(3, 1, num_cells=(32,)), data)
-        >>> torch.allclose(found.total, found.action + found.delta), found.count
+        >>> torch.allclose(found.total, found.action + found.delta), found.num_rows
         (True, 5)
     """
     batch_size = check_at_least_one("batch_size", batch_size)
-    loss = BacktrackLoss(model, reduction="none")
+    loss = BacktrackLoss(model)
     training = model.training
     loss.eval()
     try:
@@ -151,13 +152,11 @@ def held_out_likelihood(
             raise ValueError(f"data has no row to score: none of {len(data)} is kept.")
         totals, sums = [], {}
         for part in rows.split(batch_size):
-            batch = data[part.to(data.device or part.device)].to(model.device)
-            out = loss(batch)
-            totals.append(out["loss_backtrack"].double())
-            for name in ("action", "delta", "stop"):
-                term = out.get(f"backtrack_{name}_log_prob", default=None)
-                if term is not None:
-                    sums[name] = sums.get(name, 0.0) - term.double() * len(part)
+            batch: Any = data[part.to(data.device or part.device)]
+            terms = backward_log_prob(loss, batch.to(model.device))
+            totals.append(-torch.stack(list(terms.values())).double().sum(0))
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) - term.double().sum()
     finally:
         model.train(training)
     total = torch.cat(totals)

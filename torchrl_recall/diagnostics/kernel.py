@@ -18,6 +18,8 @@ def tabular_kernel(model: BacktrackModel, env: FourRoomsEnv) -> tuple[Tensor, Te
     """Tabulate what a model has learned of a maze.
 
     A state is the cell ``row * size + column``, walls included, S = size² of them, A = 4 actions.
+    Of an ensemble it is the mixture of its members, which is how it walks if a member is drawn for
+    each step.
 
     Args:
         model (BacktrackModel): a model of the maze's observations and actions.
@@ -52,6 +54,17 @@ def tabular_kernel(model: BacktrackModel, env: FourRoomsEnv) -> tuple[Tensor, Te
         return _mixture([tabular_kernel(model.member(i), env) for i in range(model.num_members)])
     num_states = env.size**2
     states = model.observation.from_joint_index(torch.arange(num_states, device=model.device))
+    kernels = [_member_kernel(model.member(i), states) for i in range(model.num_members)]
+    if len(kernels) == 1:
+        return kernels[0]
+    stop = torch.stack([one for one, _ in kernels])
+    joint = torch.stack([(1 - one)[:, None, None] * steps for one, steps in kernels])
+    goes_on = (1 - stop).mean(0)[:, None, None]
+    return stop.mean(0), torch.where(goes_on > 0, joint.mean(0) / goes_on, 0.0)
+
+
+def _member_kernel(model: BacktrackModel, states: Tensor) -> tuple[Tensor, Tensor]:
+    num_states = len(states)
     stop = torch.zeros(num_states, dtype=torch.float64, device=model.device)
     if model.has_stop:
         stop = torch.sigmoid(model.stop_logit(states).double())

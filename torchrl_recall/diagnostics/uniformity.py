@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from torchrl_recall.checks import check_device, check_real
-from torchrl_recall.diagnostics.cdf import delta_cdf, value_cdf
+from torchrl_recall.diagnostics.cdf import model_cdf
 from torchrl_recall.model import BacktrackModel
 
 Factor = Literal["action", "delta"]
@@ -102,12 +102,7 @@ def calibration(
         check_device("generator", generator.device, model.device)
     state, action, next_state = model.read(data.reshape(-1))
     uniform = torch.rand(len(state), generator=generator, dtype=torch.float64, device=state.device)
-    if factor == "delta":
-        parameters = model.delta_parameters(action, next_state)
-        pit = delta_cdf(model.delta_head, parameters, state, next_state, uniform)
-    else:
-        parameters = model.action_parameters(next_state)
-        pit = value_cdf(model.action.head, parameters, action, uniform)
+    pit = model_cdf(model, factor, state, action, next_state, uniform)
     distance = uniform_distance(pit)
     wanted = pit.new_tensor(chosen)
     inside = (pit.unsqueeze(-1) - 0.5).abs() <= wanted / 2
