@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exact_model import exact_model
 from tensordict.nn import TensorDictModule
 
 from torchrl_recall import sample_traces
-from torchrl_recall.envs import FourRoomsEnv, expected_visits
+from torchrl_recall.envs import FourRoomsEnv, exact_backtrack_model, expected_visits
 from torchrl_recall.trace_masks import (
     LastVisitCells,
     LastVisitRadius,
@@ -81,8 +80,7 @@ def first_rise(value):
 @pytest.fixture(scope="module")
 def maze():
     env = FourRoomsEnv(SIZE, max_steps=None)
-    model, _ = exact_model(env, UNIFORM)
-    return env, model
+    return env, exact_backtrack_model(env, UNIFORM)
 
 
 def imitate(env, traces, kept):
