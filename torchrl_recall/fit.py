@@ -72,6 +72,7 @@ def fit(
     patience: int | None = None,
     trajectory_key: NestedKey | None = ("collector", "traj_ids"),
     mask_nonfinite: bool = False,
+    loss: BacktrackLoss | None = None,
     update_statistics: bool = True,
     progress: bool = True,
     generator: torch.Generator | None = None,
@@ -113,6 +114,8 @@ def fit(
         trajectory_key (NestedKey, optional): trajectory of each row, as TorchRL's collectors write
             it; it need not be there.
         mask_nonfinite (bool): leave out rows with NaN or infinite entries instead of refusing them.
+        loss (BacktrackLoss, optional): of this model, for its options: renamed keys, entropy of
+            reverse actions, bootstrap of members. Its ``reduction`` must be ``"mean"``.
         update_statistics (bool): merge the training rows into the model's running statistics.
         progress (bool): show a bar (tqdm), or a line for each evaluation where tqdm is missing.
         generator (torch.Generator, optional): on the CPU, draws the split and the order of rows;
@@ -145,7 +148,11 @@ def fit(
         >>> bool(history.held_out[-1] < history.held_out[0]), history.num_held_out
         (True, 50)
     """
-    loss = BacktrackLoss(model, mask_nonfinite=mask_nonfinite)
+    if loss is None:
+        loss = BacktrackLoss(model)
+    elif not isinstance(loss, BacktrackLoss) or loss.model is not model or loss.reduction != "mean":
+        raise ValueError("loss must be a BacktrackLoss of this very model with reduction='mean'.")
+    mask_nonfinite = bool(mask_nonfinite) or loss.mask_nonfinite
     batch_size = check_at_least_one("batch_size", batch_size)
     learning_rate = check_real("learning_rate", learning_rate, 0.0)
     share = check_real("held_out", held_out, 0.0, 1.0)
