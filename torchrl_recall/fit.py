@@ -281,12 +281,14 @@ class _Run:
     @torch.no_grad()
     def evaluate(self) -> float:
         """Return the mean negative log-likelihood of the held-out rows, as they are walked."""
+        if len(self.kept_out) == 0:
+            return math.nan
         self.loss.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for rows in self.kept_out.split(max(self.batch_size, 4096)):
             for term in backward_log_prob(self.loss, self.batch(rows)).values():
                 total -= term.double().sum()
-        return float(total) / len(self.kept_out) if len(self.kept_out) else math.nan
+        return float(total) / len(self.kept_out)
 
     def fit(
         self,
