@@ -316,10 +316,10 @@ class TestInTheTransform:
         lists.extend([1, 2, 3])
         with pytest.raises(TypeError, match="storage must hold TensorDicts"):
             FrontierStarts(lists)(BATCH, generator())
+        mixed = {"observation": torch.zeros(3, 2), "cell": torch.ones(3).long()}
+        storage = LazyTensorStorage(3)
+        data = TensorDict({"next": mixed, "r": torch.zeros(3)}, [3])
+        storage.set(range(3), data)
+        starts = FrontierStarts(storage, observation_keys=["observation", "cell"], reward_key="r")
         with pytest.raises(ValueError, match="mix floating-point and integer"):
-            mixed = {"observation": torch.zeros(3, 2), "cell": torch.ones(3).long()}
-            storage = LazyTensorStorage(3)
-            data = TensorDict({"next": mixed, "r": torch.zeros(3)}, [3])
-            storage.set(range(3), data)
-            keys = ["observation", "cell"]
-            FrontierStarts(storage, observation_keys=keys, reward_key="r")(data, generator())
+            starts(data, generator())

@@ -176,6 +176,50 @@ def test_law_on_three_states():
     torch.testing.assert_close(trace["delta_log_prob"].flatten()[kept], expected[kept])
 
 
+@pytest.mark.parametrize("member_per", ["step", "trace"])
+@pytest.mark.parametrize("backend", ["reference", "eager", "native"])
+def test_law_of_an_ensemble(member_per, backend):
+    """By hand: members of laws q and r, a member for each step or trace, A = {1, 2}."""
+    model = BacktrackModel(
+        Categorical(3), Categorical(2), num_cells=(4,), stop=True, num_members=2,
+        member_per=member_per,
+    )  # fmt: skip
+    laws, stops = [[1 / 2, 1 / 3, 1 / 6], [1 / 10, 1 / 10, 4 / 5]], [1 / 4, 1 / 2]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for i in range(2):
+            networks = model.member(i)
+            list(networks.delta_network.children())[-1].bias.copy_(torch.tensor(laws[i]).log())
+            logit = torch.tensor(stops[i]).logit()
+            list(networks.stop_network.children())[-1].bias.fill_(logit)
+    number, num_candidates = 30_000, 2
+    trace = sample_traces(
+        model, torch.tensor(0), num_steps=2, num_traces=number, num_candidates=num_candidates,
+        support=lambda s: s.squeeze(-1) > 0, generator=generator(9), backend=backend,
+    )  # fmt: skip
+    counts = Counter()
+    for s, kept in zip(trace["observation"].tolist(), trace[MASK].tolist(), strict=True):
+        counts[tuple(s[t] for t in (1, 0) if kept[t])] += 1
+
+    def step(i):
+        inside = laws[i][1] + laws[i][2]
+        goes = (1 - stops[i]) * (1 - (1 - inside) ** num_candidates)
+        return {None: 1 - goes, **{s: goes * laws[i][s] / inside for s in (1, 2)}}
+
+    pairs = itertools.product(range(2), repeat=2)
+    pairs = [pair for pair in pairs if member_per == "step" or pair[0] == pair[1]]
+    law = Counter()
+    for first, second in pairs:
+        one, two = step(first), step(second)
+        law[()] += one[None] / len(pairs)
+        for s in (1, 2):
+            law[s,] += one[s] * two[None] / len(pairs)
+            for before in (1, 2):
+                law[s, before] += one[s] * two[before] / len(pairs)
+    assert chi_square(counts, law, number) > ERROR_RATE
+
+
 KINDS = [
     ("normal", "tanh"),
     ("lattice", "normal"),

@@ -154,9 +154,9 @@ class CellSupport:
             cells = cells.nan_to_num(0.0).clamp(-(2.0**62), 2.0**62)
         code = torch.zeros_like(cells[..., 0], dtype=torch.int64)
         for cell in cells.long().unbind(-1):
-            # A multiplication by an odd number and a shift lose nothing: only the mix can collide.
+            # An odd factor and a shift (of the bits, not of the sign) lose nothing of one cell.
             code = (code ^ cell) * -7046029254386353131
-            code = code ^ (code >> 29)
+            code = code ^ ((code >> 29) & (2**35 - 1))
         return code
 
     @torch.no_grad()

@@ -35,13 +35,15 @@ def half_range(spec: TensorSpec | None) -> Tensor | None:
         spec (TensorSpec, optional): the action's.
 
     Raises:
-        TypeError: no spec.
+        TypeError: no spec, or one of classes.
         ValueError: a range that is infinite or empty.
     """
     if spec is None:
         return None
     if not isinstance(spec, TensorSpec):
         raise TypeError(f"action_spec must be a TensorSpec, got {type(spec).__name__}.")
+    if not spec.dtype.is_floating_point:
+        raise TypeError(f"distances are of continuous actions, got action_spec of {spec.dtype}.")
     if not isinstance(spec, Bounded):
         return None
     space: Any = spec.space
@@ -70,6 +72,7 @@ def action_distance(
         Tensor: ``[*B]``.
 
     Raises:
+        TypeError: the actions are classes.
         ValueError: shapes differ.
 
     Examples:
@@ -77,6 +80,8 @@ def action_distance(
         >>> action_distance("mse", zero, other, torch.tensor([1.0, 2.0]), None)
         tensor([6.5000])
     """
+    if not chosen.is_floating_point():
+        raise TypeError(f"distances are of continuous actions, got {chosen.dtype}.")
     if chosen.shape != action.shape:
         raise ValueError(
             f"the trace's action has shape {tuple(action.shape)}, but the actor's has "

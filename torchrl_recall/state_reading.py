@@ -79,18 +79,21 @@ def to_cells(state: Tensor, cell_size: Tensor | None) -> Tensor:
         cell_size (Tensor or None): edge of a cell, in the unit of the states, one for all
             coordinates or ``[D]``. None takes the states themselves.
     """
-    return state if cell_size is None else (state / cell_size.to(state.device)).floor()
+    if cell_size is None:
+        return state
+    size = cell_size.to(state) if state.is_floating_point() else cell_size.to(state.device)
+    return (state / size).floor()
 
 
 def check_positive(name: str, value: Any) -> Tensor:
-    """Return numbers, one or ``[D]``, as a tensor; refuse by name what is not finite and above 0.
+    """Return numbers, one or ``[D]``, as float64; refuse by name what is not finite and above 0.
 
     Raises:
         TypeError: no numbers.
         ValueError: not positive or not finite, or of more than one dimension.
     """
     try:
-        numbers = torch.as_tensor(value, dtype=torch.get_default_dtype())
+        numbers = torch.as_tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
         kind = type(value).__name__
         raise TypeError(

@@ -93,7 +93,7 @@ class DataSupport:
         self.num_references = check_at_least_one("num_references", num_references)
         self.num_neighbours = check_at_least_one("num_neighbours", num_neighbours)
         self.quantile = check_real("quantile", quantile, 0.0, 1.0)
-        self.factor = float(check_positive("factor", check_real("factor", factor)))
+        self.factor = float(check_positive("factor", factor))
         if generator is None:
             seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
             generator = torch.Generator().manual_seed(seed)

@@ -50,6 +50,8 @@ def tabular_kernel(model: BacktrackModel, env: FourRoomsEnv) -> tuple[Tensor, Te
         True
     """
     _check_maze_model(model, env)
+    if model.num_members > 1:
+        return _mixture([tabular_kernel(model.member(i), env) for i in range(model.num_members)])
     num_states = env.size**2
     states = model.observation.from_joint_index(torch.arange(num_states, device=model.device))
     kernels = [_member_kernel(model.member(i), states) for i in range(model.num_members)]
@@ -75,6 +77,13 @@ def _member_kernel(model: BacktrackModel, states: Tensor) -> tuple[Tensor, Tenso
         parameters = parameters.expand(-1, num_states, -1)
         predecessor.append(model.delta_head.predecessor_log_prob(parameters, before, after).exp())
     return stop, action.unsqueeze(-1) * torch.stack(predecessor, 1)
+
+
+def _mixture(kernels: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the kernel of the uniform mixture of members."""
+    stop = torch.stack([stop for stop, _ in kernels]).mean(0)
+    joint = torch.stack([(1 - stop)[:, None, None] * before for stop, before in kernels]).mean(0)
+    return stop, joint / (1 - stop).clamp_min(torch.finfo(stop.dtype).tiny)[:, None, None]
 
 
 def _check_maze_model(model: BacktrackModel, env: FourRoomsEnv) -> None:

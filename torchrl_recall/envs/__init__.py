@@ -12,6 +12,7 @@ from torchrl_recall.envs.exact import (
     trajectory_log_probability,
     transition_probability,
 )
+from torchrl_recall.envs.exact_model import exact_backtrack_model
 from torchrl_recall.envs.four_rooms import FourRoomsEnv
 from torchrl_recall.envs.point_maze import PointMazeEnv
 
@@ -21,6 +22,7 @@ __all__ = [
     "KernelDivergence",
     "PointMazeEnv",
     "backtrack_kernel",
+    "exact_backtrack_model",
     "expected_visits",
     "forward_log_probability",
     "kernel_divergence",

@@ -26,9 +26,10 @@ def walk_inside(
 ) -> Columns:
     r"""Walk back from states, by predecessors inside a support.
 
-    Each step decides once whether to stop, then draws ``num_candidates`` predecessors from
-    :math:`q(s, a | s', \text{no stop})` and takes the first that is inside. So a step that is taken
-    has the law of the model restricted to the support A, and it is taken with probability
+    Each step decides once whether to stop, and in an ensemble by which member, then draws
+    ``num_candidates`` predecessors from :math:`q(s, a | s', \text{no stop})` and takes the first
+    that is inside. So a step that is taken has the law of the model (or member) restricted to the
+    support A, and it is taken with probability
     :math:`(1 - q(\text{stop}|s')) (1 - (1 - q(A|s'))^C)`. Where no candidate is inside the trace
     ends: this step and all older ones are masked and hold the state where it ended.
 
@@ -60,8 +61,11 @@ def walk_inside(
     first_of_row = torch.arange(n, device=state.device) * num_candidates
     columns = Columns.empty(model, n, num_steps)
     one_step = request._replace(num_traces=num_candidates, num_steps=1, last_visit=False)
+    per_trace, member = model.num_members > 1 and model.member_per == "trace", None
     for t in reversed(range(num_steps)):
-        noise = _one_stop_a_row(request, n, num_candidates)
+        noise = _shared_noise(request, n, num_candidates, member)
+        if noise is not None and per_trace:
+            member = noise.member
         try:
             drawn = walk(one_step._replace(start=state, noise=noise), backend)
         except NoFirstStep:
@@ -87,15 +91,25 @@ def walk_inside(
     return columns
 
 
-def _one_stop_a_row(request: Request, n: int, num_candidates: int) -> TraceNoise | None:
-    """Return noise by which all candidates of a row stop or none; None if nothing ever stops."""
+def _shared_noise(
+    request: Request, n: int, num_candidates: int, member: Tensor | None
+) -> TraceNoise | None:
+    """Return noise by which the candidates of a row have one member and stop together or not.
+
+    None if there is nothing to share: then the backend draws its own.
+    """
     model = request.model
-    if not model.has_stop:
+    if not model.has_stop and model.num_members == 1:
         return None
     noise = draw_noise(model, 1, n * num_candidates, request.generator)
-    assert noise.stop is not None
-    stop = noise.stop[:, ::num_candidates].repeat_interleave(num_candidates, 1)
-    return noise._replace(stop=stop)
+
+    def shared(part: Tensor | None) -> Tensor | None:
+        if part is None:
+            return None
+        return part[:, ::num_candidates].repeat_interleave(num_candidates, 1)
+
+    member = shared(noise.member) if member is None else member
+    return noise._replace(stop=shared(noise.stop), member=member)
 
 
 def _checked(inside: Tensor, n: int) -> Tensor:
