@@ -5,7 +5,7 @@
 and draws the figure from these files alone.
 
 Each task has one data set of a random policy. Each seed fits the three models to it with the same
-settings, walks 20 steps back from 200 real states that were held out, and replays the actions in
+settings, walks 20 steps back from 100 real states that were held out, and replays the actions in
 the real environment, set to the state k steps before the end of the trace. Errors are in standard
 deviations of the state, root mean square over dimensions: two states that have nothing to do with
 each other are 1.41 apart. The environments are deterministic, and replayed real trajectories have
@@ -41,8 +41,8 @@ from torchrl_recall.envs import PointMazeEnv
 FOLDER = RESULTS / "compounding_error"
 FIGURE = RESULTS / "compounding_error.png"
 STEPS = (1, 5, 10, 20)
-STARTS, LENGTH = 200, 20
-NUM_STEPS, NUM_CELLS = 2000, (128, 128)
+STARTS, LENGTH = 100, 20
+NUM_STEPS, NUM_CELLS = 1500, (128, 128)
 MODELS: dict[str, dict[str, Any]] = {
     "single": {},
     "mixture": {"num_components": 5},
@@ -128,6 +128,7 @@ def run(task_name: str, task: Task, name: str, seed: int) -> list[dict[str, Any]
         model,
         task.training,
         num_steps=NUM_STEPS,
+        learning_rate=2e-3,
         schedule="cosine",
         evaluate_every=250,
         progress=False,

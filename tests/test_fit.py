@@ -443,7 +443,7 @@ class TestRefuses:
         with pytest.raises(TypeError, match="BacktrackModel, got Linear"):
             quick(torch.nn.Linear(1, 1), data)
         for buffer in ([1, 2], {"a": 1}, None):
-            with pytest.raises(TypeError, match="buffer must be a ReplayBuffer"):
+            with pytest.raises(TypeError, match="buffer must be a TensorDict, or a Storage"):
                 quick(model, buffer)
         other = BacktrackLoss(small_model())
         for loss in (other, BacktrackLoss(model, reduction="sum"), torch.nn.Linear(1, 1)):

@@ -17,11 +17,11 @@ from torchrl.data import ReplayBuffer, Storage
 from torchrl_recall.backtrack_loss import BacktrackLoss
 from torchrl_recall.checks import check_at_least_one, check_real
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.state_reading import stored_data
 from torchrl_recall.transitions import (
     ROWS_AT_ONCE,
     backward_log_prob,
     select_rows,
-    stored_transitions,
     usable_rows,
 )
 
@@ -167,7 +167,7 @@ def fit(
         max_grad_norm = check_real("max_grad_norm", max_grad_norm, 0.0)
     if patience is not None and share == 0:
         raise ValueError("patience needs held_out rows, got held_out=0.")
-    data = select_rows(loss, stored_transitions(buffer), trajectory_key)
+    data = select_rows(loss, stored_data(buffer, "buffer"), trajectory_key)
     rows = usable_rows(loss, data, mask_nonfinite=mask_nonfinite).nonzero().squeeze(-1)
     trajectory = None
     if trajectory_key is not None and data.get(trajectory_key, default=None) is not None:
@@ -281,14 +281,16 @@ class _Run:
     @torch.no_grad()
     def evaluate(self) -> float:
         """Return the mean negative log-likelihood of the held-out rows, as they are walked."""
-        if len(self.kept_out) == 0:
-            return math.nan
         self.loss.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for rows in self.kept_out.split(max(self.batch_size, 4096)):
-            for term in backward_log_prob(self.loss, self.batch(rows)).values():
-                total -= term.double().sum()
-        return float(total) / len(self.kept_out)
+        if len(self.kept_out):
+            for rows in self.kept_out.split(max(self.batch_size, 4096)):
+                for term in backward_log_prob(self.loss, self.batch(rows)).values():
+                    total -= term.double().sum()
+        # For the steps that follow. Not the loss: it would merge batches into the statistics,
+        # which are complete.
+        self.model.train()
+        return float(total) / len(self.kept_out) if len(self.kept_out) else math.nan
 
     def fit(
         self,
@@ -351,9 +353,6 @@ class _Run:
         self, rows: Tensor, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
     ) -> Tensor:
         """Take a gradient step on rows, and return their loss."""
-        # The loss merges batches into the statistics when it trains; those are complete.
-        self.loss.eval()
-        self.model.train()
         with torch.enable_grad():
             value = self.loss(self.batch(rows))["loss_backtrack"]
             optimizer.zero_grad()
