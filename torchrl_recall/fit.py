@@ -92,6 +92,9 @@ def fit(
     step: mask it at ``("collector", "mask")``, or let TorchRL's ``NextStateReconstructor`` write
     NaN there and pass ``fit(model, buffer[:], mask_nonfinite=True)``.
 
+    Where many states and actions lead to one (walls, contact, absorbing states), a single Gaussian
+    becomes their moment match: see `torchrl_recall.diagnostics` for how it shows and what to do.
+
     Args:
         model (BacktrackModel): the model, fitted in place from where it is.
         buffer (ReplayBuffer, Storage or TensorDictBase): transitions with the model's ``in_keys``

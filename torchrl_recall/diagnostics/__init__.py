@@ -20,7 +20,8 @@ then becomes the *moment match*: mean and variance are right, the shape is not, 
 between and beyond the real ones. It shows in `calibration` on the rows concerned while the
 likelihood looks good on average, in `distance_to_data`, and in the replayed error. What to do: a
 mixture (``num_components``) or an ensemble, which can hold several modes; ``delta_support`` where
-steps lie on a lattice; and short traces. Resets are none of this: a reset is no step, see
+steps lie on a lattice; an observation that tells contact from near contact, since networks are
+continuous; and short traces. Resets are none of this: a reset is no step, see
 `torchrl_recall.fit`.
 """
 
