@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from exact_model import exact_model
 from linear_gaussian import F64, LinearGaussianWorld
 from model_data import make_maze, random_transitions
 from scipy import stats
@@ -22,6 +21,7 @@ from torchrl_recall.diagnostics import (
     uniform_distance,
 )
 from torchrl_recall.diagnostics.cdf import value_cdf
+from torchrl_recall.envs import exact_backtrack_model
 from torchrl_recall.heads import CategoricalHead
 
 # A true model fails this often over all seeds; the seeds are fixed.
@@ -70,7 +70,7 @@ def test_the_exact_model_of_a_maze_is_calibrated(factor):
     torch.manual_seed(0)
     env = make_maze(slip=0.2)
     policy = torch.full((25, 4), 0.25)
-    model, _ = exact_model(env.base_env, policy, dtype=F64)
+    model = exact_backtrack_model(env.base_env, policy, dtype=F64)
     data = whole_episodes(make_maze(batch_size=(500,), slip=0.2), 3)
     generator = torch.Generator().manual_seed(0)
     found = calibration(model, data, factor=factor, generator=generator)

@@ -259,6 +259,9 @@ class TestDoor:
             q.module.net[-1].bias.fill_(torch.nan)
         with pytest.raises(ValueError, match="'state_action_value' at kept steps must be finite"):
             weigh(QValueWeight(q, actor=make_actor()), data)
+        greedy = TensorDictModule(nn.Linear(WIDTH, CLASSES), ["observation"], ["action"])
+        with pytest.raises(TypeError, match="get_dist to weigh 'action_value', got TensorDictMod"):
+            weigh(QValueWeight(make_all_actions(), actor=greedy), recall(4, 5, kind="categorical"))
         discrete = make_all_actions()
         with torch.no_grad():
             discrete.module[-1].bias[0] = torch.inf

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exact_model import exact_model
 from loss_data import ACTIONS, WIDTH, close, make_actor, recall, same
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -14,7 +13,7 @@ from torchrl.objectives import A2CLoss, DDPGLoss, DQNLoss, SACLoss
 from torchrl.objectives.value import GAE
 
 from torchrl_recall import AdvantageWeight, BacktrackModel, sample_traces, trace_transitions
-from torchrl_recall.envs import FourRoomsEnv
+from torchrl_recall.envs import FourRoomsEnv, exact_backtrack_model
 from torchrl_recall.imitation_weights import ImitationKeys
 
 GAMMA = 0.9
@@ -191,7 +190,7 @@ class TestExactModel:
 
     def transitions(self, num_traces=64):
         env = FourRoomsEnv(5)
-        model, _ = exact_model(env, torch.full((25, 4), 0.25))
+        model = exact_backtrack_model(env, torch.full((25, 4), 0.25))
         trace = sample_traces(
             model,
             env.goal.expand(num_traces, 2),
@@ -271,7 +270,7 @@ class TestExactModel:
     def test_weights_take_the_rewards(self):
         """`AdvantageWeight` finds them where `trace_transitions` puts them."""
         env = FourRoomsEnv(5)
-        model, _ = exact_model(env, torch.full((25, 4), 0.25))
+        model = exact_backtrack_model(env, torch.full((25, 4), 0.25))
         trace = sample_traces(model, env.goal.expand(3, 2), num_steps=6)
         rollout = trace_transitions(
             trace,

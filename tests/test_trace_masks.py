@@ -212,20 +212,35 @@ class TestRisingDistance:
             RisingDistance(self.to_end, in_keys=[])
 
 
-def last_cell_by_definition(walk, edge):
+def last_cell_by_definition(walk, edge, keep):
     cells = [tuple(math.floor(x / edge) for x in state) for state in walk]
-    return [cells[t] not in cells[t + 1 :] for t in range(len(cells) - 1)]
+    kept = []
+    for t in range(len(cells) - 1):
+        later = cells[t + 1 :]
+        while keep == "visit" and later and later[0] == cells[t]:
+            later = later[1:]  # still the same visit
+        kept.append(cells[t] not in later)
+    return kept
 
 
 class TestLastVisitCells:
     @pytest.mark.parametrize("batch", [(7,), (3, 4)])
     @pytest.mark.parametrize("edge", [0.25, 1.5, 4.0])
-    def test_is_its_definition(self, batch, edge):
-        walks = random_walks(*batch)
-        found = LastVisitCells(edge)(make_trace(walks))
-        expected = [last_cell_by_definition(walk, edge) for walk in walks.flatten(0, -3).tolist()]
+    @pytest.mark.parametrize("keep", ["visit", "exit"])
+    def test_is_its_definition(self, batch, edge, keep):
+        walks = random_walks(*batch, num_steps=9, seed=3)
+        found = LastVisitCells(edge, keep=keep)(make_trace(walks))
+        rows = walks.flatten(0, -3).tolist()
+        expected = [last_cell_by_definition(walk, edge, keep) for walk in rows]
         assert found.reshape(-1, 9).tolist() == expected
-        assert found.double().mean() < 1
+        assert found.any()
+        assert edge < 1 or not found.all()
+
+    def test_the_visit_of_the_end_is_kept(self):
+        walk = torch.tensor([[1.5], [0.5], [2.5], [0.2], [0.8], [0.6]])
+        assert LastVisitCells(1.0)(make_trace(walk)).tolist() == [True, False, True, True, True]
+        exits = LastVisitCells(1.0, keep="exit")(make_trace(walk))
+        assert exits.tolist() == [True, False, True, False, False]
 
     def test_one_edge_a_coordinate(self):
         walks = random_walks(20)
@@ -252,6 +267,8 @@ class TestLastVisitCells:
         assert LastVisitCells(2)(make_trace(cells)).tolist() == [False, False, True, True]
         far = torch.tensor([[1e30], [2e30], [1e30], [0.0]])
         assert LastVisitCells(1.0)(make_trace(far)).tolist() == [False, True, True]
+        with pytest.raises(ValueError, match="keep must be 'visit' or 'exit', got 'first'"):
+            LastVisitCells(1, keep="first")  # pyright: ignore
 
     def test_refusals(self):
         for bad in (0.0, -1.0, math.nan, [1.0, 0.0]):
@@ -265,41 +282,41 @@ class TestLastVisitCells:
             LastVisitCells(lambda s: s[0, :, 0].long())(make_trace(random_walks(2)))
 
 
-def radius_by_definition(walk, radius, against):
-    """Walk backwards and keep what is away from all that counts."""
-    last, counts, kept = len(walk) - 1, [walk[-1]], []
-    for t in reversed(range(last)):
-        away = all(math.dist(walk[t], other) > radius for other in counts)
-        kept.append(away)
-        if away or against == "all":
-            counts.append(walk[t])
-    return kept[::-1]
+def radius_by_definition(walk, radius, keep):
+    kept = []
+    for t in range(len(walk) - 1):
+        near = [math.dist(walk[t], other) <= radius for other in walk[t + 1 :]]
+        while keep == "visit" and near and near[0]:
+            near = near[1:]  # not gone yet
+        kept.append(not any(near))
+    return kept
 
 
 class TestLastVisitRadius:
     @pytest.mark.parametrize("batch", [(), (7,), (3, 4)])
     @pytest.mark.parametrize("radius", [0.0, 1.0, 2.5])
-    @pytest.mark.parametrize("against", ["kept", "all"])
-    def test_is_its_definition(self, batch, radius, against):
+    @pytest.mark.parametrize("keep", ["visit", "exit"])
+    def test_is_its_definition(self, batch, radius, keep):
         walks = random_walks(*batch)
-        found = LastVisitRadius(radius, against=against)(make_trace(walks))
+        found = LastVisitRadius(radius, keep=keep)(make_trace(walks))
         rows = walks.reshape(-1, *walks.shape[-2:]).tolist()
-        expected = [radius_by_definition(walk, radius, against) for walk in rows]
+        expected = [radius_by_definition(walk, radius, keep) for walk in rows]
         assert found.reshape(-1, 9).tolist() == expected
 
     def test_no_radius_is_last_visit(self):
         walks = random_walks(100).round().clamp(-1, 1)
-        for against in ("kept", "all"):
-            found = LastVisitRadius(0.0, against=against)(make_trace(walks))
-            assert torch.equal(found, last_visit(walks))
+        found = LastVisitRadius(0.0, keep="exit")(make_trace(walks))
+        assert torch.equal(found, last_visit(walks))
         assert not found.all()
 
     def test_short_steps(self):
-        """A straight walk in steps of 0.1: thinned to the radius, or nothing left at all."""
+        """A straight walk in steps of 0.1 is one visit of each place, and no exit from any."""
         walk = torch.arange(0, 41, dtype=F64).unsqueeze(-1) / 10
-        kept = LastVisitRadius(0.25)(make_trace(walk))
-        assert kept.nonzero().squeeze(-1).tolist() == list(range(1, 40, 3))
-        assert not LastVisitRadius(0.25, against="all")(make_trace(walk)).any()
+        assert LastVisitRadius(0.25)(make_trace(walk)).all()
+        assert not LastVisitRadius(0.25, keep="exit")(make_trace(walk)).any()
+        # There and back again: only what is not passed a second time.
+        kept = LastVisitRadius(0.25)(make_trace(torch.cat([walk[:21], walk[:20].flip(0)])))
+        assert kept.tolist() == [False] * 18 + [True] * 22
 
     def test_scale(self):
         walks = random_walks(30)
@@ -313,13 +330,13 @@ class TestLastVisitRadius:
         expected = LastVisitRadius(1.0)(make_trace(walks / std))
         assert torch.equal(by_model(make_trace(walks)), expected)
         model.observation.normalizer.variance.mul_(1e6)  # read anew at each call
-        assert not by_model(make_trace(walks)).any()
+        assert by_model(make_trace(walks)).all()
 
     def test_refusals(self):
         with pytest.raises(ValueError, match="radius must lie in"):
             LastVisitRadius(-0.1)
-        with pytest.raises(ValueError, match="against must be 'kept' or 'all', got 'some'"):
-            LastVisitRadius(1.0, against="some")  # pyright: ignore
+        with pytest.raises(ValueError, match="keep must be 'visit' or 'exit', got 'all'"):
+            LastVisitRadius(1.0, keep="all")  # pyright: ignore
         with pytest.raises(ValueError, match="scale must be positive"):
             LastVisitRadius(1.0, scale=0.0)
         with pytest.raises(ValueError, match="scale is a model of discrete observations"):

@@ -130,7 +130,9 @@ class TestDisagreement:
             mask.calibrate(data, 95)
         mask.calibrate(data, 0.5)
         trace = data.reshape(10, 10)
-        for other in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        restored = Disagreement(model)
+        restored.load_state_dict(mask.state_dict())
+        for other in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask)), restored):
             assert torch.equal(other(trace), mask(trace))
             assert other.max_disagreement == mask.max_disagreement
 

@@ -7,13 +7,12 @@ from collections import Counter
 
 import pytest
 import torch
-from exact_model import exact_model
 from scipy import stats
 from torchrl.data import Categorical, MultiCategorical
 from trace_data import F32, make_model, make_noise, make_start
 
 from torchrl_recall import BacktrackModel, sample_traces
-from torchrl_recall.envs import FourRoomsEnv
+from torchrl_recall.envs import FourRoomsEnv, backtrack_kernel, exact_backtrack_model
 from torchrl_recall.traces.masks import last_visit
 
 # Sampling tests fail a correct sampler this often over all seeds; the seeds are fixed.
@@ -53,7 +52,8 @@ def chi_square(counts, probability, number):
 def exact():
     """Four rooms with slip, and the exact backward model of a uniform policy."""
     env = FourRoomsEnv(5, slip=0.1, max_steps=None)
-    return exact_model(env, torch.full((25, 4), 0.25, dtype=torch.float64))
+    policy = torch.full((25, 4), 0.25, dtype=torch.float64)
+    return exact_backtrack_model(env, policy), backtrack_kernel(env, policy)
 
 
 def walk_maze(model, number, num_steps, **options):
@@ -143,7 +143,7 @@ def test_law_of_the_kept_candidate(exact, num_candidates, backend):
     def support(state):
         return table[state @ torch.tensor([5, 1])]
 
-    number = 20_000
+    number = 10_000
     options = {"support": support, "num_candidates": num_candidates, "backend": backend}
     counts = count_walks(model, number, 3, generator=generator(4), **options)
     law = walk_law(kernel, 3, inside=inside, num_candidates=num_candidates)
@@ -193,7 +193,7 @@ def test_law_of_an_ensemble(member_per, backend):
             list(networks.delta_network.children())[-1].bias.copy_(torch.tensor(laws[i]).log())
             logit = torch.tensor(stops[i]).logit()
             list(networks.stop_network.children())[-1].bias.fill_(logit)
-    number, num_candidates = 30_000, 2
+    number, num_candidates = 15_000, 2
     trace = sample_traces(
         model, torch.tensor(0), num_steps=2, num_traces=number, num_candidates=num_candidates,
         support=lambda s: s.squeeze(-1) > 0, generator=generator(9), backend=backend,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -117,13 +118,41 @@ class TestWeightedLoss:
         loss.to(torch.float64)
         assert all(p.dtype == torch.float32 for p in critic.parameters())
 
-    def test_a_copy_has_its_own_critic_and_keeps_ties(self):
+    def test_a_copy_has_its_own_critic(self):
         shared = make_critic()
         loss = RecallTraceLoss(make_actor(), weight=AdvantageWeight(shared, gamma=GAMMA))
         other, data = copy.deepcopy(loss), recall(4, 5)
         with torch.no_grad():
             shared.module[-1].bias += 5.0
         assert loss(data)["trace_weight"] < other(data)["trace_weight"]
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+    def test_in_a_copy_the_weight_follows_the_copy_s_actor(self, copied):
+        actor = make_actor()
+        loss = RecallTraceLoss(actor, weight=AdvantageWeight(make_critic(), gamma=GAMMA))
+        loss.weight.actor = actor
+        other = copied(loss)
+        for one in (loss, other):
+            mine = {id(p) for p in one.parameters()}
+            assert mine == {id(p) for p in one.weight.actor.parameters()}
+        assert not mine & {id(p) for p in loss.parameters()}
+        assert other.state_dict().keys() == loss.state_dict().keys()
+        close(other(data := recall(4, 5))["loss_imitation"], loss(data)["loss_imitation"])
+
+    def test_keyword_tensors(self):
+        data = recall(4, 5, mask=False)
+        data["worth"] = torch.rand(4, 1) + 1
+        loss = RecallTraceLoss(
+            make_actor(), weight=AdvantageWeight(make_critic(), gamma=GAMMA), discount=0.9
+        )
+        loss.set_keys(value="worth")
+        out = loss(data)
+        value, *_ = loss(
+            trace_observation=data["trace", "observation"],
+            trace_action=data["trace", "action"],
+            worth=data["worth"],
+        )
+        close(value, out["loss_imitation"])
 
     def test_a_weight_that_is_a_module_is_not_owned(self):
         class Learned(nn.Module):

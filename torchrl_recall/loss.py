@@ -5,6 +5,7 @@ Its term adds to those of any TorchRL loss.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -297,6 +298,16 @@ class RecallTraceLoss(LossModule):
         weight = weight.masked_fill(~kept, 0.0)
         check_finite("weight at kept steps", weight)
         return weight
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecallTraceLoss:
+        # A TensorDict copies its parameters anew, and the weight's actor would be another one.
+        parameters = self.actor_network_params
+        copied = memo[id(parameters)] = copy.deepcopy(parameters)
+        pairs = zip(parameters.parameters(), copied.parameters(), strict=True)
+        memo.update({id(old): new for old, new in pairs})
+        other = memo[id(self)] = self.__class__.__new__(self.__class__)
+        other.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return other
 
     @staticmethod
     def _nothing_kept(kept: Tensor) -> bool:

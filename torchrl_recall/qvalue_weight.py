@@ -42,7 +42,8 @@ class QValueWeight(PositivePart):
 
     Raises:
         KeyError: a key is missing.
-        TypeError: a network of a wrong type.
+        TypeError: a network of a wrong type; values of all actions, and an actor without
+            ``get_dist``.
         ValueError: not one of actor and critic; values of a wrong shape, or non-finite where
             steps are kept.
 
@@ -120,6 +121,11 @@ class QValueWeight(PositivePart):
                 )
             value = self._qvalue(states.set(keys.action, own), key)
             return taken - one_each_step(value, kept, key)
+        if not hasattr(actor, "get_dist"):
+            raise TypeError(
+                f"actor must be a stochastic policy with get_dist to weigh {key!r}, got "
+                f"{type(actor).__name__}; or pass a critic."
+            )
         probability = actor.get_dist(states.select(*actor.in_keys)).probs
         return taken - (probability * qvalue).sum(-1)
 

@@ -133,9 +133,9 @@ class BacktrackTransform(Transform):
         if len(out_keys) != 1:
             raise ValueError(f"out_keys must name one key for the traces, got {out_keys}.")
         super().__init__(in_keys=in_keys, out_keys=out_keys)
-        # In __dict__, or buffers would move it, switch it to eval and save it a second time.
         if callable(masks):
             raise TypeError(f"masks must be a sequence of TraceMasks, got {type(masks).__name__}.")
+        # In __dict__, or buffers would move it, switch it to eval and save it a second time.
         self.__dict__.update(model=model, start=start, masks=list(masks), support=support)
         for mask in self.masks:
             if not callable(mask):

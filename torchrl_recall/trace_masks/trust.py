@@ -97,6 +97,14 @@ class Disagreement:
         next_state = model.observation.read(trace, model.next_observation_keys)
         return until_bad(disagreement(model, action, next_state) <= self.max_disagreement)
 
+    def state_dict(self) -> dict[str, float | None]:
+        """Return the threshold; the model is saved by whoever owns it."""
+        return {"max_disagreement": self.max_disagreement}
+
+    def load_state_dict(self, state_dict: dict[str, float | None]) -> None:
+        """Restore what `state_dict` returned."""
+        self.max_disagreement = state_dict["max_disagreement"]
+
 
 class ForwardAgreement:
     """Keep the steps that a forward model agrees with: from ``(s_t, a_t)`` it predicts ``s_{t+1}``.
