@@ -227,6 +227,20 @@ def test_a_mixture_is_better_against_a_wall_and_calibration_shows_it(wall):
     assert exact > likelihood[1] > likelihood[0] + loss / 3
 
 
+def test_rows_that_do_not_count():
+    torch.manual_seed(0)
+    model, data = BacktrackModel(3, 2, num_cells=(8,)), random_transitions(60)
+    expected = calibration(model, data[:40]).pit
+    data["collector", "mask"] = torch.arange(60) < 50
+    data["next", "observation"][40:] = torch.nan
+    with pytest.raises(ValueError, match="10 of 60 transitions have NaN"):
+        calibration(model, data)
+    torch.testing.assert_close(calibration(model, data, mask_nonfinite=True).pit, expected)
+    data["collector", "mask"] = torch.zeros(60, dtype=torch.bool)
+    with pytest.raises(ValueError, match="no row to look at"):
+        calibration(model, data)
+
+
 def test_wrong_arguments():
     model, data = BacktrackModel(3, 2, num_cells=(8,)), random_transitions(5)
     with pytest.raises(TypeError, match="BacktrackModel"):
