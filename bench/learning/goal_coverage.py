@@ -163,7 +163,7 @@ def draw(curves: dict[str, np.ndarray], steps: np.ndarray) -> None:
 
 def main() -> None:
     """Run or report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="make the runs that are missing")
     runs.add_argument("--seeds", type=int, default=10)

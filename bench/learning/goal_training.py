@@ -86,15 +86,15 @@ class Inputs(nn.Module):
     def __init__(self, env: PointMazeEnv) -> None:
         super().__init__()
         height, width = env.walls.shape
-        self.half = max(height, width) / 2
+        self.middle = max(height, width) / 2
         self.step_size = env.step_size
 
     def forward(self, state: Tensor, goal: Tensor) -> Tensor:
         place, velocity = state[..., :2], state[..., 2:]
         parts = [
-            place / self.half - 1,
+            place / self.middle - 1,
             velocity / self.step_size,
-            goal / self.half - 1,
+            goal / self.middle - 1,
             goal - place,
         ]
         return torch.cat(parts, -1)
@@ -113,15 +113,15 @@ class Run:
         self.evaluation = self._maze(len(self.grid) * s.rollouts_per_goal, EVALUATION_SEED)
         height, width = self.env.walls.shape
         # The box inside the outer wall; what is wall within it is part of the goal space.
-        self.box = Bounded(torch.ones(2), torch.tensor([width - 1.0, height - 1.0]))
+        self.low, self.high = torch.ones(2), torch.tensor([width - 1.0, height - 1.0])
         self.gan = GoalGAN(
-            self.box,
+            Bounded(self.low, self.high),
             uniform_share=s.uniform_share,
             goal_to_state=self.nearest_state,
             generator=torch.Generator().manual_seed(seed + 1),
         )
         self.goals: Tensor | None = None  # of the round; None: uniform over the box
-        self.outcomes: list[TensorDictBase] = []
+        self.outcomes: list[Any] = []
         self.start = self.env.reset()["observation"]
         self._make_learner()
         self._make_recall(seed)
@@ -147,7 +147,7 @@ class Run:
             head = nn.Linear(s.num_cells, outputs)
             return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), head)
 
-        def module(*tail: nn.Module, out: list[str]) -> TensorDictModule:
+        def module(*tail: nn.Module, out: list[Any]) -> TensorDictModule:
             class Net(nn.Module):
                 def __init__(self, inputs: Inputs) -> None:
                     super().__init__()
@@ -159,13 +159,14 @@ class Run:
             return TensorDictModule(Net(Inputs(self.env)), ["observation", "desired_goal"], out)
 
         policy = network(4)
+        head: Any = policy[-1]
         with torch.no_grad():
-            policy[-1].weight *= 0.01  # the first policy is the same everywhere
-            policy[-1].bias.zero_()
-        head = module(policy, NormalParamExtractor(), out=["loc", "scale"])
-        self.policy = head.module
+            head.weight *= 0.01  # the first policy is the same everywhere
+            head.bias.zero_()
+        parameters = module(policy, NormalParamExtractor(), out=["loc", "scale"])
+        self.policy = parameters.module
         self.actor = ProbabilisticActor(
-            head,
+            parameters,
             in_keys=["loc", "scale"],
             distribution_class=TanhNormal,
             return_log_prob=True,
@@ -222,8 +223,7 @@ class Run:
 
     def box_sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Uniform goals, whether they are in a wall or not."""
-        low, high = self.box.space.low, self.box.space.high
-        return low + (high - low) * torch.rand(count, 2, generator=generator)
+        return self.low + (self.high - self.low) * torch.rand(count, 2, generator=generator)
 
     def draw_goals(self, count: int) -> Tensor:
         """The goals of new episodes."""
@@ -272,7 +272,8 @@ class Run:
                 },
                 state.shape,
             )
-        return torch.stack(steps, 1), state
+        data: Any = torch.stack(steps, 1)
+        return data, state
 
     def _new_goals(self, iteration: int, data: TensorDictBase, log: dict) -> None:
         s = self.settings
@@ -280,7 +281,7 @@ class Run:
             # As the paper: begin with the states that the first policy reaches.
             seen = data["next", "observation"].reshape(-1, 4)[:, :2]
             rows = torch.randint(len(seen), (s.goals_per_round,), generator=self.generator)
-            goals = seen[rows].clamp(self.box.space.low, self.box.space.high)
+            goals = seen[rows].clamp(self.low, self.high)
             self.gan.update(
                 goals, labels=torch.ones(len(goals), dtype=torch.bool), num_steps=3 * s.gan_steps
             )
@@ -290,7 +291,8 @@ class Run:
             )
             if iteration % s.round_iterations:
                 return
-            rates = success_rates(torch.cat(self.outcomes), goal_key="desired_goal")
+            outcomes: Any = torch.cat(self.outcomes)
+            rates: Any = success_rates(outcomes, goal_key="desired_goal")
             rates = rates[rates["count"] >= s.min_episodes]
             self.outcomes = []
             if len(rates):
@@ -304,6 +306,7 @@ class Run:
     def _recall(self, log: dict) -> TensorDictBase:
         s = self.settings
         self.support.fit(self.states)
+        loss = torch.zeros(())
         for _ in range(s.model_steps):
             loss = self.model_loss(self.states.sample())["loss_backtrack"]
             self.model_optimizer.zero_grad()
@@ -348,6 +351,7 @@ class Run:
             state = env.reset()["observation"]
             for _ in range(self.settings.max_steps):
                 loc, scale = self.policy(state, goals)
-                state = env.step_states(state, TanhNormal(loc, scale).sample())
+                action: Any = TanhNormal(loc, scale).sample()
+                state = env.step_states(state, action)
                 reached |= (state[:, :2] - goals).norm(dim=-1) <= env.goal_radius
         return float(reached.float().mean())
