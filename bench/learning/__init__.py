@@ -1,0 +1,1 @@
+"""What the parts are worth to learning: curves over seeds, each drawn from committed JSON."""
