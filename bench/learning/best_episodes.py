@@ -22,9 +22,9 @@ class BestEpisodes:
 
     def __init__(self, num_envs: int, num_episodes: int, gamma: float, batch_size: int) -> None:
         self.num_episodes, self.gamma, self.batch_size = num_episodes, gamma, batch_size
-        self.open: list[list[TensorDictBase]] = [[] for _ in range(num_envs)]
-        self.episodes: list[tuple[float, int, TensorDictBase]] = []
-        self.steps: TensorDictBase | None = None
+        self.open: list[list[Any]] = [[] for _ in range(num_envs)]
+        self.episodes: list[tuple[float, int, Any]] = []
+        self.steps: Any = None
         self._num_finished = 0
 
     def __len__(self) -> int:
@@ -52,9 +52,8 @@ class BestEpisodes:
             raise RuntimeError("no episode has finished yet.")
         return self.steps[torch.randint(len(self.steps), (self.batch_size,))]
 
-    def _finish(self, row: int, last: TensorDictBase) -> None:
-        parts: list[Any] = [part for part in [*self.open[row], last] if len(part)]
-        episode = torch.cat(parts)
+    def _finish(self, row: int, last: Any) -> None:
+        episode: Any = torch.cat([part for part in [*self.open[row], last] if len(part)])
         self.open[row] = []
         reward = episode["next", "reward"].squeeze(-1)
         discount = self.gamma ** torch.arange(len(reward))

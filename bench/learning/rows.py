@@ -85,16 +85,14 @@ def _rows() -> list[Row]:
             Row(f"{name}_{value:g}", label.format(f"{value:g}"), amount, settings={name: value})
             for value in values
         ]
-    for weight, label in (("advantage", "advantage weights"), ("gate", "gate by the critic")):
-        for last_visit in (True, False):
-            rows.append(
-                Row(
-                    weight if last_visit else f"{weight}_every_visit",
-                    f"{label}, {'last' if last_visit else 'every'} visit",
-                    weights,
-                    Options(weight=weight, last_visit=last_visit),
-                )
-            )
+    for last_visit, visit in ((True, "last visit"), (False, "every visit")):
+        end = "" if last_visit else "_every_visit"
+        advantage = Options(weight="advantage", last_visit=last_visit)
+        gate = Options(weight="gate", last_visit=last_visit)
+        rows += [
+            Row(f"advantage{end}", f"advantage weights, {visit}", weights, advantage),
+            Row(f"gate{end}", f"gate by the critic, {visit}", weights, gate),
+        ]
     rows += [
         Row("ensemble", "ensemble of 5", model, Options(num_members=NUM_MEMBERS)),
         Row(
@@ -106,10 +104,10 @@ def _rows() -> list[Row]:
         Row("stop", "stop head", model, Options(stop=True)),
         Row("uniform", "uniform reverse actions", model, Options(reverse_action="uniform")),
         Row(
-            "max_entropy",
-            "maximum-entropy reverse actions",
+            "entropy",
+            "entropy of reverse actions, weight 0.1",
             model,
-            Options(reverse_action="max_entropy"),
+            Options(action_entropy_coeff=0.1),
         ),
         Row("growing", "traces grow from 1 n to 4 n", amount, Options(growing=True)),
     ]

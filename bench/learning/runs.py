@@ -59,10 +59,10 @@ def every_cell(variant: Variant) -> float:
     """Return the exact success of the policy from each cell but the goal, on average."""
     env, actor = variant.env, variant.a2c.actor
     cells = torch.cartesian_prod(torch.arange(env.size), torch.arange(env.size)).to(env.device)
-    policy = actor.get_dist(TensorDict({"observation": cells}, [len(cells)])).probs
+    policy: Any = actor.get_dist(TensorDict({"observation": cells}, [len(cells)]))
     inner = ~env.walls.view(-1)
     inner[env.goal[0] * env.size + env.goal[1]] = False
-    return float(success_probability(env, policy)[inner].mean())
+    return float(success_probability(env, policy.probs)[inner].mean())
 
 
 def path_of(folder: Path, job: Job) -> Path:

@@ -10,9 +10,17 @@ import torch
 from tensordict import TensorDictBase
 
 from bench.learning.best_episodes import BestEpisodes
-from torchrl_recall import BacktrackModel, BacktrackTransform, RecallTraceLoss
+from torchrl_recall import (
+    AdvantageWeight,
+    BacktrackLoss,
+    BacktrackModel,
+    BacktrackTransform,
+    RecallTraceLoss,
+    TraceLengthScheduler,
+)
 from torchrl_recall.demo.train import A2C, RecallTraces, Settings
 from torchrl_recall.envs import FourRoomsEnv
+from torchrl_recall.trace_masks import Disagreement, RisingValue, TraceMask
 
 NUM_MEMBERS = 5
 NUM_BEST = 64  # episodes
@@ -33,7 +41,8 @@ class Options:
     mask: Literal["none", "rising_value", "disagreement"] = "none"
     weight: Literal["none", "advantage", "gate"] = "none"
     num_members: int = 1
-    reverse_action: str = "learned"
+    reverse_action: Literal["learned", "uniform"] = "learned"
+    action_entropy_coeff: float = 0.0
     stop: bool = False
     growing: bool = False
     """Lengths grow linearly from a fourth of the full length in ``GROWTH`` iterations."""
@@ -58,13 +67,10 @@ class Variant(RecallTraces):
             self.stored = (*self.stored, "is_init")
         self.scheduler = None
         if options.growing:
-            from torchrl_recall import TraceLengthScheduler
-
-            full = self.transform.num_steps
-            self.transform.num_steps = full // 4
-            self.scheduler = TraceLengthScheduler(
-                self.transform, final_steps=full, num_updates=GROWTH
-            )
+            transform: Any = self.transform
+            full = transform.num_steps
+            transform.num_steps = full // 4
+            self.scheduler = TraceLengthScheduler(transform, final_steps=full, num_updates=GROWTH)
 
     def make_model(self) -> BacktrackModel:
         options = self.options
@@ -73,26 +79,21 @@ class Variant(RecallTraces):
 
             uniform = torch.full((self.env.size**2, 4), 0.25)
             return exact_backtrack_model(self.env, uniform)
-        changed: dict[str, Any] = {}
-        if options.num_members > 1:
-            changed["num_members"] = options.num_members
-        if options.reverse_action != "learned":
-            changed["reverse_action"] = options.reverse_action
-        if options.stop:
-            changed["stop"] = True
-        return BacktrackModel.from_env(self.env, num_cells=self.settings.num_cells, **changed)
+        return BacktrackModel.from_env(
+            self.env,
+            num_cells=self.settings.num_cells,
+            num_members=options.num_members,
+            reverse_action=options.reverse_action,
+            stop=options.stop,
+        )
 
     def make_transform(self, in_keys: list[str] | None) -> BacktrackTransform:
         num_steps = self.settings.trace_length * self.settings.size
-        masks: list[Any] = []
+        masks: list[TraceMask] = []
         if self.options.mask == "rising_value":
-            from torchrl_recall.trace_masks import RisingValue
-
             # Traces end in the goal, and a terminal state has no value of its own.
             masks = [RisingValue(self.a2c.critic, compare_end=False)]
         elif self.options.mask == "disagreement":
-            from torchrl_recall.trace_masks import Disagreement
-
             masks = [Disagreement(self.model)]
         return BacktrackTransform(
             self.model,
@@ -102,11 +103,15 @@ class Variant(RecallTraces):
             masks=masks,
         )
 
-    def make_loss(self) -> RecallTraceLoss:
-        if self.options.weight == "none":
-            return super().make_loss()
-        from torchrl_recall import AdvantageWeight
+    def make_model_loss(self) -> BacktrackLoss:
+        if not self.options.action_entropy_coeff:
+            return super().make_model_loss()
+        coeff: Any = {"action_entropy_coeff": self.options.action_entropy_coeff}
+        return BacktrackLoss(self.model, **coeff)
 
+    def make_recall_loss(self) -> RecallTraceLoss:
+        if self.options.weight == "none":
+            return super().make_recall_loss()
         # The goal's value is what a step into it pays, 1.
         loss = RecallTraceLoss(
             self.a2c.actor,
@@ -133,7 +138,7 @@ class Variant(RecallTraces):
         if self.scheduler is not None:
             self.scheduler.step()
         for mask in self.transform.masks:
-            if self.options.mask == "disagreement":
+            if isinstance(mask, Disagreement):
                 mask.calibrate(self.recall_buffer)
 
     def fit(self) -> None:
