@@ -6,7 +6,7 @@ import json
 import logging
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def run_missing(
         folder: where results go.
         size: side of the maze.
         budget: environment steps of a run.
-        workers: processes side by side, of one thread each.
+        workers: processes side by side, of one thread each; 1 is this process.
 
     Returns:
         Names of rows that this version of the library cannot run.
@@ -105,26 +105,39 @@ def run_missing(
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are there.", flush=True)
     unable: dict[str, str] = {}
     began, done = time.monotonic(), 0
+    for (name, seed), result in _results(waiting, size, budget, workers):
+        done += 1
+        if isinstance(result, str):
+            if unable.setdefault(name, result) is result:
+                print(f"{name}: cannot be run, {result}", flush=True)
+            continue
+        _write(path_of(folder, (name, seed)), result)
+        solved = "not solved" if result["t90"] is None else f"{result['t90']:,} steps"
+        left = (time.monotonic() - began) / done * (len(waiting) - done) / 60
+        print(
+            f"[{done}/{len(waiting)}] {name} {seed}: {solved}, {result['wall_s']:.1f} s; "
+            f"about {left:.0f} min left",
+            flush=True,
+        )
+    return list(unable)
+
+
+def _results(
+    jobs: Sequence[Job], size: int, budget: int, workers: int
+) -> Iterator[tuple[Job, dict[str, Any] | str]]:
+    """Run jobs and yield each result as it comes."""
+    if workers == 1:
+        threads = torch.get_num_threads()
+        _start_worker()
+        for job in jobs:
+            yield job, _run(job, size, budget)
+        torch.set_num_threads(threads)
+        return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
-        futures = {pool.submit(_run, job, size, budget): job for job in waiting}
+        futures = {pool.submit(_run, job, size, budget): job for job in jobs}
         for future in as_completed(futures):
-            name, seed = job = futures[future]
-            result = future.result()
-            done += 1
-            if isinstance(result, str):
-                if unable.setdefault(name, result) is result:
-                    print(f"{name}: cannot be run, {result}", flush=True)
-                continue
-            _write(path_of(folder, job), result)
-            solved = "not solved" if result["t90"] is None else f"{result['t90']:,} steps"
-            left = (time.monotonic() - began) / done * (len(waiting) - done) / 60
-            print(
-                f"[{done}/{len(waiting)}] {name} {seed}: {solved}, {result['wall_s']:.1f} s; "
-                f"about {left:.0f} min left",
-                flush=True,
-            )
-    return list(unable)
+            yield futures[future], future.result()
 
 
 def _start_worker() -> None:
