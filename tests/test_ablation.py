@@ -152,7 +152,7 @@ class TestRuns:
     JOBS = (("default", 1), ("every_visit", 1), ("default", 2))
 
     def test_none_is_run_twice(self, tmp_path, capsys):
-        assert run_missing(self.JOBS, tmp_path, SIZE, BUDGET) == []
+        run_missing(self.JOBS, tmp_path, SIZE, BUDGET)
         assert "0 of 3 runs are there" in capsys.readouterr().out
         files = [path_of(tmp_path, job) for job in self.JOBS]
         before = [file.read_bytes() for file in files]

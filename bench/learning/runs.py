@@ -88,7 +88,7 @@ def load(folder: Path, row: Row, size: int, budget: int) -> list[dict[str, Any]]
 
 def run_missing(
     jobs: Sequence[Job], folder: Path, size: int, budget: int, workers: int = 1
-) -> list[str]:
+) -> None:
     """Run what has no result yet, and say how it goes.
 
     Args:
@@ -97,20 +97,12 @@ def run_missing(
         size: side of the maze.
         budget: environment steps of a run.
         workers: processes side by side, of one thread each; 1 is this process.
-
-    Returns:
-        Names of rows that this version of the library cannot run.
     """
     waiting = [job for job in jobs if not path_of(folder, job).exists()]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are there.", flush=True)
-    unable: dict[str, str] = {}
     began, done = time.monotonic(), 0
     for (name, seed), result in _results(waiting, size, budget, workers):
         done += 1
-        if isinstance(result, str):
-            if unable.setdefault(name, result) is result:
-                print(f"{name}: cannot be run, {result}", flush=True)
-            continue
         _write(path_of(folder, (name, seed)), result)
         solved = "not solved" if result["t90"] is None else f"{result['t90']:,} steps"
         left = (time.monotonic() - began) / done * (len(waiting) - done) / 60
@@ -119,12 +111,11 @@ def run_missing(
             f"about {left:.0f} min left",
             flush=True,
         )
-    return list(unable)
 
 
 def _results(
     jobs: Sequence[Job], size: int, budget: int, workers: int
-) -> Iterator[tuple[Job, dict[str, Any] | str]]:
+) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Run jobs and yield each result as it comes."""
     if workers == 1:
         threads = torch.get_num_threads()
@@ -145,11 +136,8 @@ def _start_worker() -> None:
     torch.set_num_threads(1)
 
 
-def _run(job: Job, size: int, budget: int) -> dict[str, Any] | str:
-    try:
-        return run(ROWS[job[0]], job[1], size, budget)
-    except ImportError as error:
-        return str(error)
+def _run(job: Job, size: int, budget: int) -> dict[str, Any]:
+    return run(ROWS[job[0]], job[1], size, budget)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torchrl_recall import (
     TraceLengthScheduler,
 )
 from torchrl_recall.demo.train import A2C, RecallTraces, Settings
-from torchrl_recall.envs import FourRoomsEnv
+from torchrl_recall.envs import FourRoomsEnv, exact_backtrack_model
 from torchrl_recall.trace_masks import Disagreement, RisingValue, TraceMask
 
 NUM_MEMBERS = 5
@@ -75,8 +75,6 @@ class Variant(RecallTraces):
     def make_model(self) -> BacktrackModel:
         options = self.options
         if options.model == "exact":
-            from torchrl_recall.envs import exact_backtrack_model
-
             uniform = torch.full((self.env.size**2, 4), 0.25)
             return exact_backtrack_model(self.env, uniform)
         return BacktrackModel.from_env(
@@ -106,8 +104,8 @@ class Variant(RecallTraces):
     def make_model_loss(self) -> BacktrackLoss:
         if not self.options.action_entropy_coeff:
             return super().make_model_loss()
-        coeff: Any = {"action_entropy_coeff": self.options.action_entropy_coeff}
-        return BacktrackLoss(self.model, **coeff)
+        coeff = self.options.action_entropy_coeff
+        return BacktrackLoss(self.model, action_entropy_coeff=coeff)
 
     def make_recall_loss(self) -> RecallTraceLoss:
         if self.options.weight == "none":
