@@ -100,9 +100,9 @@ def run_missing(
     """
     waiting = [job for job in jobs if not path_of(folder, job).exists()]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are there.", flush=True)
-    began, done = time.monotonic(), 0
-    for (name, seed), result in _results(waiting, size, budget, workers):
-        done += 1
+    began = time.monotonic()
+    results = _results(waiting, size, budget, workers)
+    for done, ((name, seed), result) in enumerate(results, 1):
         _write(path_of(folder, (name, seed)), result)
         solved = "not solved" if result["t90"] is None else f"{result['t90']:,} steps"
         left = (time.monotonic() - began) / done * (len(waiting) - done) / 60
