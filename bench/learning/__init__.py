@@ -1,1 +1,1 @@
-"""What the parts are worth to learning: curves over seeds, each drawn from committed JSON."""
+"""What makes recall traces learn: ablations on four rooms, see README.md."""
