@@ -21,6 +21,7 @@ from torchrl.data.tensor_specs import (
 from torchrl_recall.checks import check_at_least_one, check_device, check_finite, is_one_hot
 from torchrl_recall.heads import CategoricalHead, NormalHead, TanhNormalHead
 from torchrl_recall.observation import sorted_keys
+from torchrl_recall.uniform import UniformHead
 
 
 class ActionCodec(nn.Module):
@@ -31,10 +32,11 @@ class ActionCodec(nn.Module):
         log_scale_range (pair of float): bounds of the log-scale of continuous actions.
         dtype (torch.dtype): dtype of the model.
         device (torch.device, optional): device of the statistics.
+        uniform (bool): uniform over the classes or the bounded box, without a network.
 
     Raises:
         TypeError: a spec that has no head.
-        ValueError: a spec with some, but not all, bounds finite.
+        ValueError: a spec with some, but not all, bounds finite, or an unbounded uniform action.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class ActionCodec(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
+        uniform: bool = False,
     ) -> None:
         super().__init__()
+        self.is_uniform = uniform
         if isinstance(action, Integral):
             action = Bounded(
                 -1.0, 1.0, torch.Size([check_at_least_one("action", action)]), dtype=dtype
@@ -67,6 +71,8 @@ class ActionCodec(nn.Module):
             self.format = "continuous"
             # Samples have the model's own dtype: TorchRL casts actions to the spec's when it must.
             self.head = _continuous_head(action, log_scale_range, dtype, device)
+            if uniform:
+                self.head = _uniform_head(self.head)
         else:
             raise TypeError(
                 f"action is a {type(action).__name__} of {getattr(action, 'dtype', 'no dtype')}, "
@@ -135,7 +141,9 @@ class ActionCodec(nn.Module):
         """Dtype of continuous actions; follows ``.to(dtype)``."""
         if isinstance(self.head, NormalHead):
             return self.head.normalizer.mean.dtype
-        return self.head.half_range.dtype if isinstance(self.head, TanhNormalHead) else None
+        if isinstance(self.head, TanhNormalHead | UniformHead):
+            return self.head.half_range.dtype
+        return None
 
     def restore(self, action: Tensor) -> Tensor:
         """Turn flat actions back into the spec's shape and dtype.
@@ -185,3 +193,12 @@ def _continuous_head(action, log_scale_range, dtype, device) -> NormalHead | Tan
     raise ValueError(
         f"action has bounds {low.tolist()} to {high.tolist()}, expected all finite or all infinite."
     )
+
+
+def _uniform_head(head: NormalHead | TanhNormalHead) -> UniformHead:
+    if not isinstance(head, TanhNormalHead):
+        raise ValueError(
+            "reverse_action is 'uniform', but the action is unbounded, expected finite bounds: "
+            "there is no uniform distribution over all numbers."
+        )
+    return UniformHead(head.middle - head.half_range, head.middle + head.half_range)

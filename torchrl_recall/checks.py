@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -39,6 +39,13 @@ def check_real(name: str, value: Any, low: float = -math.inf, high: float = math
     if not low <= number <= high:
         raise ValueError(f"{name} must lie in [{low}, {high}], got {value}.")
     return number
+
+
+def check_choice(name: str, value: Any, choices: Any) -> Any:
+    """Return ``value`` if it is one of a Literal's, or refuse it by name."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}.")
+    return value
 
 
 def check_device(name: str, device: torch.device, expected: torch.device) -> None:

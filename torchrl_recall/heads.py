@@ -8,7 +8,6 @@ the trace sampler gives the same numbers for the same noise.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +114,15 @@ class NormalHead(GaussianHead):
         """Return the value as the delta network sees it."""
         return self.normalizer.normalize(value)
 
+    def mean(self, parameters: Tensor) -> Tensor:
+        """Return the mean in normalised units."""
+        return self.split(parameters)[0]
+
+    def entropy(self, parameters: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return the entropy of the density in its own unit, ``[*B]``; needs no noise."""
+        log_scale = self.split(parameters)[1] + self.normalizer.std.log()
+        return log_scale.sum(-1) + self.size * (0.5 + LOG_SQRT_2_PI)
+
     def log_prob(self, parameters: Tensor, value: Tensor) -> Tensor:
         """Log-density of ``value`` in its own unit."""
         loc, log_scale = self.split(parameters)
@@ -160,6 +168,15 @@ class TanhNormalHead(GaussianHead):
         pre = torch.atanh(inside)
         return self._log_prob(pre, (pre - loc) * torch.exp(-log_scale), log_scale)
 
+    def entropy(self, parameters: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Estimate the entropy, ``[*B]``, by one sample from standard normal ``noise``.
+
+        There is no closed form; gradients go through the sample.
+        """
+        if noise is None:
+            raise ValueError("noise is None, expected standard normal numbers: one sample a row.")
+        return -self.sample(parameters, noise)[1]
+
     def sample(self, parameters: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return an action and its log-density from standard normal ``noise``."""
         loc, log_scale = self.split(parameters)
@@ -190,6 +207,11 @@ class CategoricalHead(nn.Module):
     def log_prob(self, parameters: Tensor, value: Tensor) -> Tensor:
         """Log-probability of an index."""
         return torch.log_softmax(parameters, -1).gather(-1, value.unsqueeze(-1)).squeeze(-1)
+
+    def entropy(self, parameters: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return the entropy in nats, ``[*B]``; needs no noise."""
+        log_prob = torch.log_softmax(parameters, -1)
+        return -(log_prob.exp() * log_prob).sum(-1)
 
     def sample(self, parameters: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return an index and its log-probability from uniform ``noise``."""
@@ -292,47 +314,3 @@ class ClassDelta(CategoricalHead):
         """Return a predecessor and its log-probability."""
         index, log_prob = self.sample(parameters, noise)
         return self.codec.from_joint_index(index), log_prob
-
-
-def build_delta_head(
-    codec: ObservationCodec,
-    support: Tensor | None,
-    log_scale_range: tuple[float, float],
-    factory: dict[str, Any],
-) -> NormalDelta | SupportDelta | ClassDelta:
-    """Return the head that fits the observations, or say what to pass.
-
-    Args:
-        codec (ObservationCodec): the model's states.
-        support (Tensor, optional): ``[M, D]`` displacements.
-        log_scale_range (tuple of float): bounds of a Gaussian's log-scale.
-        factory (dict): dtype and device.
-
-    Returns:
-        nn.Module: the head.
-
-    Raises:
-        ValueError: a support that does not fit, or too many classes without one.
-    """
-    if support is None:
-        if not codec.is_discrete:
-            return NormalDelta(codec.size, log_scale_range, **factory)
-        if codec.size == 1 or codec.has_joint_code:
-            return ClassDelta(codec)
-        raise ValueError(
-            f"observation has {codec.num_states} joint states, too many to predict as classes; "
-            "pass delta_support, the displacements s_t - s_{t+1} that can occur."
-        )
-    support = torch.as_tensor(support)
-    if support.ndim != 2 or support.shape[1] != codec.size or len(support) == 0:
-        raise ValueError(
-            f"delta_support has shape {tuple(support.shape)}, expected [M, {codec.size}] "
-            "with one displacement a row."
-        )
-    if len(support.unique(dim=0)) != len(support):
-        raise ValueError("delta_support has the same displacement twice, expected unique rows.")
-    if codec.is_discrete and (support.is_floating_point() or support.dtype == torch.bool):
-        raise ValueError(f"delta_support must hold integers, got dtype {support.dtype}.")
-    if not bool(torch.isfinite(support).all()):
-        raise ValueError("delta_support must be finite.")
-    return SupportDelta(support.to(device=codec.low.device, dtype=codec.low.dtype), codec)

@@ -7,7 +7,7 @@ It stands at the head of the method: `BacktrackLoss` fits it to real transitions
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
@@ -15,15 +15,26 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import EnvBase
-from torchrl.modules import MLP
 
 from torchrl_recall.action import ActionCodec
-from torchrl_recall.checks import check_at_least_one, check_interval
-from torchrl_recall.heads import GaussianHead, NormalDelta, build_delta_head
+from torchrl_recall.checks import check_at_least_one, check_choice, check_interval
+from torchrl_recall.delta_head import build_delta_head
+from torchrl_recall.ensemble import Ensemble, mixed_terms
+from torchrl_recall.environment_specs import model_arguments
+from torchrl_recall.networks import (
+    NETWORKS,
+    StepNetworks,
+    build_networks,
+    choose_dtype,
+    start_heads,
+)
 from torchrl_recall.observation import ObservationCodec, as_mapping
 
+MemberPer = Literal["step", "trace"]
+ReverseAction = Literal["learned", "uniform"]
 
-class BacktrackModel(TensorDictModuleBase):
+
+class BacktrackModel(Ensemble, TensorDictModuleBase):
     """Predicts the step that preceded a state: stop, action, and change of state.
 
     The three factors are networks of their own: ``q(stop|s')`` (optional) is the probability that
@@ -54,6 +65,17 @@ class BacktrackModel(TensorDictModuleBase):
         action_log_scale_range (pair of float): bounds of the log of the action's scale.
         delta_log_scale_range (pair of float): bounds of the log of Δ's scale, where 0 means the
             standard deviation of Δ over the data.
+        num_components (int): Gaussians of which Δ is a mixture, continuous observations only. One
+            averages over the ways into a state; where there are several (doors, one action that
+            leads here from two sides) take 2 to 5. Categorical heads have all modes already.
+        num_members (int): sets of networks, each learned by itself from its own initial values;
+            the statistics are shared. An ensemble of about 5 shows by its members' disagreement
+            (`torchrl_recall.disagreement`) where the model has seen no data, and its traces
+            are as varied as its members. It costs that many times a single model's training.
+        member_per (str): the member that walks is drawn anew for each ``"step"``, so that no error
+            of one member adds up, or for each ``"trace"``, which stays consistent.
+        reverse_action (str): ``"learned"``, or ``"uniform"`` over the classes or the bounded box:
+            without a network for it; explores all that may have led here, where data are few.
         dtype (torch.dtype, optional): dtype of the parameters. Defaults to the continuous
             observation's, else torch's default.
         device (torch.device, optional): device of the parameters.
@@ -75,6 +97,11 @@ class BacktrackModel(TensorDictModuleBase):
         torch.Size([5])
     """
 
+    # None without a stop head, or where actions are uniform; an ensemble's are its members'.
+    action_network: Any
+    delta_network: Any
+    stop_network: Any
+
     def __init__(
         self,
         observation: int | TensorSpec | Mapping[NestedKey, int | TensorSpec],
@@ -89,48 +116,45 @@ class BacktrackModel(TensorDictModuleBase):
         is_init_key: NestedKey = "is_init",
         action_log_scale_range: tuple[float, float] = (-5.0, 2.0),
         delta_log_scale_range: tuple[float, float] = (-6.0, 2.0),
+        num_components: int = 1,
+        num_members: int = 1,
+        member_per: MemberPer = "step",
+        reverse_action: ReverseAction = "learned",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         observations = as_mapping(observation, observation_keys)
-        if dtype is None:
-            dtypes = [getattr(spec, "dtype", None) for spec in observations.values()]
-            floating = [d for d in dtypes if d is not None and d.is_floating_point]
-            dtype = floating[0] if floating else torch.get_default_dtype()
+        dtype = choose_dtype(observations, dtype)
         if not (isinstance(activation_class, type) and issubclass(activation_class, nn.Module)):
             raise TypeError(f"activation_class must be a Module class, got {activation_class!r}.")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point one, got {dtype}.")
         if not isinstance(num_cells, Sequence):
             raise TypeError(f"num_cells must be a sequence of widths, got {num_cells!r}.")
         num_cells = [check_at_least_one("num_cells", width) for width in num_cells]
         action_range = check_interval("action_log_scale_range", action_log_scale_range)
         delta_range = check_interval("delta_log_scale_range", delta_log_scale_range)
+        num_components = check_at_least_one("num_components", num_components)
+        self.num_members = check_at_least_one("num_members", num_members)
+        self.member_per: MemberPer = check_choice("member_per", member_per, MemberPer)
+        uniform = check_choice("reverse_action", reverse_action, ReverseAction) == "uniform"
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
 
         self.observation = ObservationCodec(observations, **factory)
-        self.action = ActionCodec(action, action_range, **factory)
+        self.action = ActionCodec(action, action_range, uniform=uniform, **factory)
         self.action_key = unravel_key(action_key)
         self.is_init_key = unravel_key(is_init_key)
-        self.delta_head = build_delta_head(self.observation, delta_support, delta_range, factory)
-
-        def network(in_features: int, out_features: int) -> MLP:
-            return MLP(
-                in_features=in_features,
-                out_features=out_features,
-                num_cells=num_cells,
-                activation_class=activation_class,
-                device=device,
-            ).to(dtype)
-
-        features = self.observation.feature_size
-        self.action_network = network(features, self.action.head.output_size)
-        self.delta_network = network(
-            features + self.action.head.feature_size, self.delta_head.output_size
+        self.delta_head = build_delta_head(
+            self.observation, delta_support, delta_range, factory, num_components
         )
-        self.stop_network = network(features, 1) if stop else None
-        self._start_scales()
+        options: dict[str, Any] = {"num_cells": num_cells, "activation_class": activation_class}
+        options |= {"stop": stop, **factory}
+        sets = [build_networks(self, **options) for _ in range(self.num_members)]
+        if self.num_members == 1:
+            for name in NETWORKS:
+                setattr(self, name, sets[0][name])
+        else:
+            self.members = nn.ModuleList(StepNetworks(networks) for networks in sets)
+        start_heads(self)
         self.in_keys: Any = [
             *self.next_observation_keys,
             *self.observation_keys,
@@ -139,6 +163,8 @@ class BacktrackModel(TensorDictModuleBase):
         self.out_keys: Any = [("backtrack", "action_log_prob"), ("backtrack", "delta_log_prob")]
         if stop:
             self.out_keys.append(("backtrack", "stop_log_prob"))
+        if self.num_members > 1:
+            self.member(0)  # builds the views, which `torch.compile` cannot
 
     @classmethod
     def from_env(
@@ -185,41 +211,8 @@ class BacktrackModel(TensorDictModuleBase):
             >>> model.delta_head.support.shape
             torch.Size([5, 2])
         """
-        if not isinstance(env, EnvBase):
-            raise TypeError(f"env must be a torchrl EnvBase, got {type(env).__name__}.")
-        if isinstance(observation_keys, str):
-            observation_keys = [observation_keys]
-        specs = env.observation_spec_unbatched
-        is_init_key = unravel_key(is_init_key)
-        leaves = [unravel_key(key) for key in specs.keys(True, True)]
-        if observation_keys is None:
-            found = [key for key in leaves if key not in (is_init_key, "step_count")]
-            observation_keys = ["observation"] if "observation" in found else found
-            if len(observation_keys) != 1:
-                raise ValueError(
-                    f"observation_keys must be named: the environment has {found} and none is "
-                    "called 'observation'."
-                )
-        observation_keys = [unravel_key(key) for key in observation_keys]
-        missing = [key for key in observation_keys if key not in leaves]
-        if missing:
-            raise KeyError(f"observation_keys {missing} are not in the environment's {leaves}.")
-        if len(env.action_keys) != 1:
-            raise ValueError(f"env must have one action, got the action keys {env.action_keys}.")
-        action_key = env.action_keys[0]
-        if delta_support is None:
-            delta_support = getattr(env, "delta_support", None)
-        return cls(
-            {key: specs[key] for key in observation_keys},
-            env.full_action_spec_unbatched[action_key],
-            num_cells=num_cells,
-            delta_support=delta_support,
-            stop=is_init_key in leaves if stop is None else stop,
-            action_key=action_key,
-            is_init_key=is_init_key,
-            device=env.device if device is None else device,
-            **kwargs,
-        )
+        arguments = model_arguments(env, observation_keys, delta_support, stop, is_init_key, device)
+        return cls(**arguments, num_cells=num_cells, **kwargs)
 
     @property
     def observation_keys(self) -> list[NestedKey]:
@@ -241,11 +234,6 @@ class BacktrackModel(TensorDictModuleBase):
         """Dtype of the parameters."""
         return self.observation.unit.dtype
 
-    @property
-    def has_stop(self) -> bool:
-        """Whether the model knows where episodes begin."""
-        return self.stop_network is not None
-
     def stop_logit(self, state: Tensor) -> Tensor:
         """Logit of ``q(stop|s')``.
 
@@ -256,8 +244,9 @@ class BacktrackModel(TensorDictModuleBase):
             Tensor: ``[*B]``.
 
         Raises:
-            RuntimeError: the model was built without a stop head.
+            RuntimeError: the model was built without a stop head, or is an ensemble.
         """
+        self._refuse_ensemble("stop_logit")
         if self.stop_network is None:
             raise RuntimeError("this BacktrackModel has no stop head; build it with stop=True.")
         return self.stop_network(self.observation(state)).squeeze(-1)
@@ -270,7 +259,14 @@ class BacktrackModel(TensorDictModuleBase):
 
         Returns:
             Tensor: ``[*B, output_size]`` for ``self.action.head``.
+
+        Raises:
+            RuntimeError: the model is an ensemble.
         """
+        self._refuse_ensemble("action_parameters")
+        if self.action_network is None:  # uniform: equal logits, or no parameters at all
+            shape = (*next_state.shape[:-1], self.action.head.output_size)
+            return self.observation.unit.new_zeros(1).expand(shape)
         return self.action_network(self.observation(next_state))
 
     def delta_parameters(self, action: Tensor, next_state: Tensor) -> Tensor:
@@ -282,13 +278,20 @@ class BacktrackModel(TensorDictModuleBase):
 
         Returns:
             Tensor: ``[*B, output_size]`` for ``self.delta_head``.
+
+        Raises:
+            RuntimeError: the model is an ensemble.
         """
+        self._refuse_ensemble("delta_parameters")
         features = self.observation(next_state)
         action_features = self.action.head.features(action).to(features.dtype)
         return self.delta_network(torch.cat([features, action_features], -1))
 
     def step_log_prob(self, state: Tensor, action: Tensor, next_state: Tensor) -> dict[str, Tensor]:
         """Log-probabilities of real steps, factor by factor, on flat tensors.
+
+        Of an ensemble: those of the uniform mixture of its members, each factor given those that
+        come before it (stop, action, Δ), so that they add up to the joint log-probability.
 
         Args:
             state (Tensor): ``[*B, size]``.
@@ -299,6 +302,9 @@ class BacktrackModel(TensorDictModuleBase):
             dict: ``"action"`` and ``"delta"``, each ``[*B]``; with a stop head also ``"stop"``, the
             log-probability that ``next_state`` was *not* an episode's first state.
         """
+        if self.num_members > 1:
+            members = [self.member(i) for i in range(self.num_members)]
+            return mixed_terms([one.step_log_prob(state, action, next_state) for one in members])
         terms = {
             "action": self.action.head.log_prob(self.action_parameters(next_state), action),
             "delta": self.delta_head.predecessor_log_prob(
@@ -371,8 +377,9 @@ class BacktrackModel(TensorDictModuleBase):
         """
         if self.observation.normalizer is not None:
             self.observation.normalizer.update(next_state, mask)
-        if isinstance(self.delta_head, NormalDelta):
-            self.delta_head.normalizer.update(state - next_state, mask)
+        normalizer: Any = getattr(self.delta_head, "normalizer", None)
+        if normalizer is not None:
+            normalizer.update(state - next_state, mask)
         self.action.update_normalization(action, mask)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -387,13 +394,4 @@ class BacktrackModel(TensorDictModuleBase):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
-        self._start_scales()
-
-    def _start_scales(self) -> None:
-        """Start Gaussians near the data's own scale: too narrow ones begin with a huge loss."""
-        for network, head in (
-            (self.action_network, self.action.head),
-            (self.delta_network, self.delta_head),
-        ):
-            if isinstance(head, GaussianHead):
-                head.start_scale(list(network.children())[-1])
+        start_heads(self)
