@@ -66,7 +66,7 @@ def test_the_loop_walks_as_the_rollout_does(name):
 def test_the_plain_step_gives_the_references_numbers(name):
     model, start = build(name)
     noise, expected = reference(model, start, SIZES[name].num_steps)
-    out = walk(plain_step(model), start, zip(*noise, strict=True))
+    out = walk(plain_step(model), start, zip(*noise[:3], strict=True))
     for found, wanted in zip(out, expected, strict=True):
         torch.testing.assert_close(found, wanted.transpose(0, 1), rtol=1e-4, atol=1e-4)
 

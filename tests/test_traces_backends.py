@@ -67,7 +67,7 @@ def test_tiles_do_not_show(observation, backend):
     whole = sample_traces(model, start, num_steps=3, noise=noise, backend=backend)
     for low in (0, 500, 511, 512, 1023, 1024, 1299):
         rows = slice(low, low + 2)
-        part = TraceNoise(*(column[:, rows] for column in noise))
+        part = TraceNoise(*(column[:, rows] for column in noise[:3]))
         alone = sample_traces(model, start[rows], num_steps=3, noise=part, backend=backend)
         assert_same(whole[rows], alone, tolerance=1e-10)
 

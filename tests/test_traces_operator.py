@@ -66,7 +66,7 @@ def test_the_operator_is_what_torch_expects():
     model = make_model(dtype=F32, stop=True)
     tensors = [tensor.detach() for tensor in live_tensors(model)]
     noise = make_noise(model, 2, 10)
-    for given in ([], list(noise)):
+    for given in ([], list(noise[:3])):
         arguments = (make_start(model, 5), torch.tensor(3), given, tensors, layout_of(model))
         torch.library.opcheck(
             torch.ops.torchrl_recall.walk.default, (*arguments, 2, 2, False, False)

@@ -186,7 +186,7 @@ def test_starts_may_be_expanded_and_noise_transposed():
     model = model_of(3, 2, (16,), stop=True)
     noise = make_noise(model, 2, 6)
     start = randn(1, 3, dtype=F32).expand(6, 3)
-    turned = TraceNoise(*(part.transpose(0, 1).contiguous().transpose(0, 1) for part in noise))
+    turned = TraceNoise(*(part.transpose(0, 1).contiguous().transpose(0, 1) for part in noise[:3]))
     one, other = (walk(model, start, 2, noise=given) for given in (noise, turned))
     assert all(map(torch.equal, one, other))
 

@@ -15,6 +15,8 @@ from tensordict.nn import dispatch
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
+from torchrl_recall.checks import check_real
+from torchrl_recall.heads import TanhNormalHead
 from torchrl_recall.masking import (
     Reduction,
     blank_rows,
@@ -27,6 +29,7 @@ from torchrl_recall.masking import (
 )
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.observation import sorted_keys
+from torchrl_recall.random_source import RandomSource
 
 
 class BacktrackLoss(LossModule):
@@ -39,21 +42,34 @@ class BacktrackLoss(LossModule):
     ``is_init`` also a stop example at its observation. Rows masked at ``("collector", "mask")``
     count for nothing.
 
+    An ensemble's loss is the mean of its members' own: each learns by itself, as it would alone up
+    to the scale of its gradient. The likelihood of their mixture would let them divide the data.
+
     Args:
         model (BacktrackModel): the model to fit; the very object, not a copy.
 
     Keyword Args:
         reduction (str): ``"mean"`` over kept rows, ``"sum"``, or ``"none"``.
         mask_nonfinite (bool): leave out rows with NaN or infinite entries instead of refusing them.
+        action_entropy_coeff (float): weight of the entropy of ``q(a|s')``, in nats, which is
+            maximised beside the likelihood. Above 0 it keeps reverse actions open that the policy
+            rarely takes; with a bounded continuous action it is estimated by one sample a row.
+        bootstrap (bool): weigh rows anew by Poisson(1) at every call, for each member by itself
+            (online bagging), so that the members of an ensemble differ by their data, too.
+        generator (torch.Generator, optional): source of the bootstrap's weights and the entropy's
+            samples, on the model's device, saved in the state dict; None seeds one from torch's
+            own. Inside `torch.compile` torch's own numbers take its place.
 
     Returns:
         TensorDict: ``loss_backtrack``, and detached for the log ``backtrack_action_log_prob``,
-        ``backtrack_delta_log_prob`` (and ``backtrack_stop_log_prob``), means over kept rows.
+        ``backtrack_delta_log_prob`` (``backtrack_stop_log_prob``, ``backtrack_action_entropy``),
+        means over kept rows and members.
 
     Raises:
         KeyError: a key is missing; with a stop head also ``is_init``.
         ValueError: empty or non-finite data, wrong shapes, dtypes or devices, a displacement
-            outside ``delta_support``.
+            outside ``delta_support``; a bootstrap of one member, or an entropy to be maximised
+            of actions that are uniform.
 
     Source: Goyal et al., *Recall Traces*, ICLR 2019, https://arxiv.org/abs/1804.00379.
 
@@ -95,6 +111,9 @@ class BacktrackLoss(LossModule):
         *,
         reduction: Reduction = "mean",
         mask_nonfinite: bool = False,
+        action_entropy_coeff: float = 0.0,
+        bootstrap: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         if not isinstance(model, BacktrackModel):
             raise TypeError(f"model must be a BacktrackModel, got {type(model).__name__}.")
@@ -102,6 +121,21 @@ class BacktrackLoss(LossModule):
         self.model = model
         self.reduction = check_reduction(reduction)
         self.mask_nonfinite = bool(mask_nonfinite)
+        self.action_entropy_coeff = check_real("action_entropy_coeff", action_entropy_coeff, 0.0)
+        if self.action_entropy_coeff and model.action.is_uniform:
+            raise ValueError(
+                f"action_entropy_coeff is {action_entropy_coeff}, expected 0: the model's reverse "
+                "actions are uniform, so that their entropy is the greatest there is."
+            )
+        self.bootstrap = bool(bootstrap)
+        if self.bootstrap and model.num_members == 1:
+            raise ValueError("bootstrap is for ensembles, but the model has one member.")
+        # Whether the entropy has no closed form.
+        self.samples = bool(
+            self.action_entropy_coeff and isinstance(model.action.head, TanhNormalHead)
+        )
+        if self.bootstrap or self.samples:
+            self.random = RandomSource(generator)
         # ``set_keys(name=None)`` goes back to these.
         self.default_keys = partial(
             self._AcceptedKeys,
@@ -112,6 +146,8 @@ class BacktrackLoss(LossModule):
         self._tensor_keys = self.default_keys()
         terms = ["action", "delta", *(["stop"] if model.has_stop else [])]
         self.out_keys = ["loss_backtrack", *(f"backtrack_{term}_log_prob" for term in terms)]
+        if self.action_entropy_coeff:
+            self.out_keys.append("backtrack_action_entropy")
         self._set_in_keys()
 
     def _set_in_keys(self) -> None:
@@ -160,18 +196,50 @@ class BacktrackLoss(LossModule):
                 next_state.reshape(-1, next_state.shape[-1]),
                 kept.reshape(-1),
             )
-        terms = self.model.step_log_prob(state, action, next_state)
+        members = [self.model.member(i) for i in range(self.model.num_members)]
+        losses, logged = [], []
+        for member in members:
+            loss, found = self._member_loss(member, state, action, next_state, is_init)
+            losses.append(loss)
+            logged.append(found)
+        terms = {name: _average([found[name] for found in logged]) for name in logged[0]}
         _refuse(
-            kept & torch.isneginf(terms["delta"]),
+            kept & torch.isneginf(terms["delta_log_prob"]),
             "a displacement s_t - s_(t+1) that is not in the model's delta_support; add it there.",
         )
+        out = {"loss_backtrack": reduce_kept(_average(losses), kept, self.reduction)}
+        for name, term in terms.items():
+            out[f"backtrack_{name}"] = reduce_kept(term.detach(), kept, "mean")
+        return TensorDict(out)
+
+    def _member_loss(
+        self,
+        member: BacktrackModel,
+        state: Tensor,
+        action: Tensor,
+        next_state: Tensor,
+        is_init: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return one member's loss of each row, and what is logged of it."""
+        parameters = member.action_parameters(next_state)
+        terms = member.step_log_prob(state, action, next_state, action_parameters=parameters)
         loss = -torch.stack(list(terms.values())).sum(0)
         if is_init is not None:
-            loss = loss - is_init * nn.functional.logsigmoid(self.model.stop_logit(state))
-        out = {"loss_backtrack": reduce_kept(loss, kept, self.reduction)}
-        for name, term in terms.items():
-            out[f"backtrack_{name}_log_prob"] = reduce_kept(term.detach(), kept, "mean")
-        return TensorDict(out)
+            loss = loss - is_init * nn.functional.logsigmoid(member.stop_logit(state))
+        logged = {f"{name}_log_prob": term for name, term in terms.items()}
+        if self.action_entropy_coeff:
+            noise = None
+            if self.samples:
+                shape = (*next_state.shape[:-1], member.action.head.size)
+                options: Any = {"dtype": parameters.dtype, "device": parameters.device}
+                noise = torch.randn(shape, generator=self.random.on(parameters.device), **options)
+            entropy = member.action.head.entropy(parameters, noise)  # pyright: ignore
+            loss = loss - self.action_entropy_coeff * entropy
+            logged["action_entropy"] = entropy
+        if self.bootstrap:
+            ones = torch.ones_like(loss)
+            loss = loss * torch.poisson(ones, generator=self.random.on(ones.device))
+        return loss, logged
 
     def _batched(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Give keyword tensors, which come without a batch size, that of their observation."""
@@ -195,6 +263,11 @@ class BacktrackLoss(LossModule):
     def reset_parameters_recursive(self) -> None:
         """Draw new parameters for the model; its running statistics stay."""
         self.model.reset_parameters_recursive()
+
+
+def _average(values: list[Tensor]) -> Tensor:
+    """Return the mean over members."""
+    return values[0] if len(values) == 1 else torch.stack(values).mean(0)
 
 
 def _refuse(rows: Tensor, reason: str) -> None:

@@ -115,11 +115,15 @@ class MixtureDelta(nn.Module):
         Returns:
             tuple: ``[*B, D]`` and ``[*B]``.
         """
+        return self.draw(parameters, noise[..., :-1], torch.special.ndtr(noise[..., -1]))
+
+    def draw(self, parameters: Tensor, noise: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `sample` does, from ``[*B, D]`` normal and ``[*B]`` uniform noise."""
         loc, log_scale, logits = self.split(parameters)
-        component = sample_index(logits, torch.special.ndtr(noise[..., -1]))
+        component = sample_index(logits, uniform)
         chosen = component[..., None, None].expand(*component.shape, 1, self.size)
         scale = log_scale.gather(-2, chosen).squeeze(-2).exp()
-        value = loc.gather(-2, chosen).squeeze(-2) + scale * noise[..., :-1]
+        value = loc.gather(-2, chosen).squeeze(-2) + scale * noise
         log_prob = self._log_prob(value, loc, log_scale, logits)
         return self.normalizer.denormalize(value), log_prob
 

@@ -21,13 +21,7 @@ from torchrl_recall.checks import check_at_least_one, check_choice, check_interv
 from torchrl_recall.delta_head import build_delta_head
 from torchrl_recall.ensemble import Ensemble, mixed_terms
 from torchrl_recall.environment_specs import model_arguments
-from torchrl_recall.networks import (
-    NETWORKS,
-    StepNetworks,
-    build_networks,
-    choose_dtype,
-    start_heads,
-)
+from torchrl_recall.networks import add_networks, choose_dtype, start_heads
 from torchrl_recall.observation import ObservationCodec, as_mapping
 
 MemberPer = Literal["step", "trace"]
@@ -146,15 +140,9 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
         self.delta_head = build_delta_head(
             self.observation, delta_support, delta_range, factory, num_components
         )
-        options: dict[str, Any] = {"num_cells": num_cells, "activation_class": activation_class}
-        options |= {"stop": stop, **factory}
-        sets = [build_networks(self, **options) for _ in range(self.num_members)]
-        if self.num_members == 1:
-            for name in NETWORKS:
-                setattr(self, name, sets[0][name])
-        else:
-            self.members = nn.ModuleList(StepNetworks(networks) for networks in sets)
-        start_heads(self)
+        add_networks(
+            self, num_cells=num_cells, activation_class=activation_class, stop=stop, **factory
+        )
         self.in_keys: Any = [
             *self.next_observation_keys,
             *self.observation_keys,
@@ -287,7 +275,14 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
         action_features = self.action.head.features(action).to(features.dtype)
         return self.delta_network(torch.cat([features, action_features], -1))
 
-    def step_log_prob(self, state: Tensor, action: Tensor, next_state: Tensor) -> dict[str, Tensor]:
+    def step_log_prob(
+        self,
+        state: Tensor,
+        action: Tensor,
+        next_state: Tensor,
+        *,
+        action_parameters: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Log-probabilities of real steps, factor by factor, on flat tensors.
 
         Of an ensemble: those of the uniform mixture of its members, each factor given those that
@@ -297,6 +292,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
             state (Tensor): ``[*B, size]``.
             action (Tensor): flat actions, ``[*B, A]`` or ``[*B]`` indices.
             next_state (Tensor): ``[*B, size]``.
+            action_parameters (Tensor, optional): of that method, where they are known already.
 
         Returns:
             dict: ``"action"`` and ``"delta"``, each ``[*B]``; with a stop head also ``"stop"``, the
@@ -305,8 +301,10 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
         if self.num_members > 1:
             members = [self.member(i) for i in range(self.num_members)]
             return mixed_terms([one.step_log_prob(state, action, next_state) for one in members])
+        if action_parameters is None:
+            action_parameters = self.action_parameters(next_state)
         terms = {
-            "action": self.action.head.log_prob(self.action_parameters(next_state), action),
+            "action": self.action.head.log_prob(action_parameters, action),
             "delta": self.delta_head.predecessor_log_prob(
                 self.delta_parameters(action, next_state), state, next_state
             ),

@@ -33,6 +33,22 @@ class StepNetworks(nn.Module):
             setattr(self, name, network)
 
 
+def add_networks(model: Any, **options: Any) -> None:
+    """Give a model its networks: its own, or those of each member of an ensemble.
+
+    Args:
+        model (BacktrackModel): with its codecs and heads.
+        **options: of `build_networks`.
+    """
+    sets = [build_networks(model, **options) for _ in range(model.num_members)]
+    if model.num_members == 1:
+        for name, network in sets[0].items():
+            setattr(model, name, network)
+    else:
+        model.members = nn.ModuleList(StepNetworks(networks) for networks in sets)
+    start_heads(model)
+
+
 def build_networks(
     model: Any,
     *,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
@@ -15,6 +15,12 @@ from torchrl_recall.model import BacktrackModel
 from torchrl_recall.native import interface
 from torchrl_recall.traces import cuda_graph, eager, native, operator, table, triton_walk
 from torchrl_recall.traces.columns import Columns
+from torchrl_recall.traces.ensemble import (
+    EnsembleWalk,
+    grouped_walk,
+    members_of,
+    reference_ensemble_walk,
+)
 from torchrl_recall.traces.layout import Watch
 from torchrl_recall.traces.noise import TraceNoise
 from torchrl_recall.traces.request import Request
@@ -96,6 +102,8 @@ def walk(request: Request, backend: Backend) -> Columns:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
+    if request.model.num_members > 1:
+        return _by_members(request, backend)
     if backend == "triton" or (backend == "auto" and request.start.is_cuda):
         reason = _why_not_triton(request.model)
         if reason is None:
@@ -119,7 +127,40 @@ def walk(request: Request, backend: Backend) -> Columns:
     reason = _UNSUPPORTED[backend](request.model)
     if reason is not None:
         raise _refusal(backend, reason)
-    return _tiled(request, _KINDS[backend])
+    return _tiled(request, backend)
+
+
+def _by_members(request: Request, backend: Backend) -> Columns:
+    """Walk with an ensemble, its members by the backend that would walk with each alone."""
+    members = members_of(request.model)
+    if backend in ("auto", "native", "triton"):
+        on_gpu = backend == "triton" or (backend == "auto" and request.start.is_cuda)
+        name: Backend = "triton" if on_gpu else "native"
+        if torch.compiler.is_compiling():
+            reason = "torch.compile traces the torch operations"
+        elif on_gpu:
+            reason = _first(_why_not_triton, members)
+        else:
+            plans = [native.plan_of(one, request.precision == "bfloat16") for one in members]
+            reason = next((plan for plan in plans if isinstance(plan, str)), None)
+        if reason is None:
+            return grouped_walk(request, partial(walk, backend=name))
+        if backend != "auto":
+            raise _refusal(name, reason)
+        return _in_torch(request, reason)
+    reason = _first(_UNSUPPORTED[backend], members)
+    if backend == "graph":
+        reason = "the members of an ensemble walk different numbers of traces each time"
+    if reason is not None:
+        raise _refusal(backend, reason)
+    return _tiled(request, backend)
+
+
+def _first(
+    unsupported: Callable[[BacktrackModel], str | None], models: Iterable[BacktrackModel]
+) -> str | None:
+    """Return the first reason why one of the models cannot be run, or None."""
+    return next((why for why in map(unsupported, models) if why is not None), None)
 
 
 def _refusal(name: str, reason: str) -> ValueError:
@@ -187,12 +228,23 @@ def _by_triton(request: Request) -> Columns:
 def _in_torch(request: Request, reason: str) -> Columns:
     """Walk with the quickest torch backend; `reason` is why not natively."""
     model = request.model
+    members = members_of(model)
+    is_ensemble = len(members) > 1
     rows = 2 * len(request.start) * request.num_traces * request.num_steps
-    if table.unsupported(model) is None and table.num_evaluations(model) <= rows:
-        name: Backend = "table"
+    evaluations = sum(
+        table.num_evaluations(one) for one in members if table.unsupported(one) is None
+    )
+    if is_ensemble and torch.compiler.is_compiling():
+        name: Backend = "reference"  # the only one whose shapes do not depend on who walks
+    elif 0 < evaluations <= rows:
+        name = "table"
     else:
-        slow = eager.unsupported(model)
-        traced = torch.compiler.is_compiling() or cuda_graph.unsupported(model) is not None
+        slow = _first(eager.unsupported, members)
+        traced = (
+            is_ensemble
+            or torch.compiler.is_compiling()
+            or cuda_graph.unsupported(model) is not None
+        )
         name = "reference" if slow is not None else "eager" if traced else "graph"
         reason = slow or reason
     # Float64 and other devices have these backends, and a GPU the tables; that is no news.
@@ -200,12 +252,18 @@ def _in_torch(request: Request, reason: str) -> Columns:
     expected |= model.device.type == "cuda" and name == "table"
     if not torch.compiler.is_compiling() and (name == "reference" or not expected):
         _warn_once(model, name, reason)
-    return _tiled(request, _KINDS[name])
+    return _tiled(request, name)
 
 
-def _tiled(request: Request, kind: _Kind) -> Columns:
+def _tiled(request: Request, name: Backend) -> Columns:
+    model, kind = request.model, _KINDS[name]
     with torch.no_grad():
-        step_back = kind(request.model)
+        if model.num_members == 1:
+            step_back = kind(model)
+        elif name == "reference":
+            step_back = partial(reference_ensemble_walk, model)
+        else:
+            step_back = EnsembleWalk(model, kind)
     return tiled_walk(step_back, request)
 
 

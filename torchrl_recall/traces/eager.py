@@ -12,33 +12,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag, pad, softplus
+from torch.nn.functional import embedding_bag, pad
 from torchrl.modules import MLP
 
-from torchrl_recall.heads import (
-    TANH_LIMIT,
-    CategoricalHead,
-    NormalHead,
-    SupportDelta,
-    TanhNormalHead,
-    normal_log_prob,
-    sample_index,
-)
+from torchrl_recall.heads import CategoricalHead, NormalHead, TanhNormalHead
+from torchrl_recall.mixture import MixtureDelta
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.networks import NETWORKS
+from torchrl_recall.traces.eager_heads import (
+    ClassActions,
+    ClassDeltas,
+    MixtureDeltas,
+    NormalActions,
+    NormalDeltas,
+    UniformActions,
+)
 from torchrl_recall.traces.masks import since_start
 from torchrl_recall.traces.noise import TraceNoise
 from torchrl_recall.traces.walk import Walk
+from torchrl_recall.uniform import UniformHead
 
 Activation = Callable[[Tensor], Tensor]
-Head = NormalHead | TanhNormalHead | CategoricalHead
 _IN_PLACE: dict[type[nn.Module], Activation] = {
     nn.ReLU: torch.relu_,
     nn.Tanh: torch.tanh_,
     nn.Sigmoid: torch.sigmoid_,
 }
-
-
-NETWORKS = ("action_network", "delta_network", "stop_network")
 
 
 def is_changed(module: nn.Module) -> bool:
@@ -84,11 +83,11 @@ class EagerWalk:
 
     def __init__(self, model: BacktrackModel) -> None:
         self.codec = model.observation
-        self.action_head: Head = model.action.head
-        self.delta_head: Head = model.delta_head
-        networks: list[list[Any]] = [list(model.delta_network), list(model.action_network)]
-        if model.stop_network is not None:
-            networks.append(list(model.stop_network))
+        self.action_head = model.action.head
+        self.delta_head = model.delta_head
+        self.is_uniform = model.action_network is None
+        found = (model.delta_network, model.action_network, model.stop_network)
+        networks: list[list[Any]] = [list(network) for network in found if network is not None]
         layers = [[(m.weight, m.bias) for m in network[::2]] for network in networks]
         self.activations = [_activation(network[1:2]) for network in networks]
 
@@ -103,7 +102,7 @@ class EagerWalk:
             layers[0][-1] = weight, bias + pad(mean / self.delta_unit, (0, len(mean)))
             low, high = self.delta_head.log_scale_range
             self.delta_scale = self.delta_unit.log() + low, high - low
-        if not isinstance(self.action_head, CategoricalHead):
+        if isinstance(self.action_head, NormalHead | TanhNormalHead):
             low, high = self.action_head.log_scale_range
             self.action_scale = bias.new_full((), low), high - low
         self._stack_first([network_layers[0] for network_layers in layers])
@@ -140,23 +139,22 @@ class EagerWalk:
         states[num_steps] = start
         state_at = states.unbind(0)
         first = noise.action.new_empty(n, sum(self.widths))
-        delta_first, action_first, *stop_first = first.split(self.widths, 1)
-        delta_rest, action_rest, *stop_rest = (
+        delta_first, *firsts = first.split(self.widths, 1)
+        delta_rest, *rests = (
             _Rest(layers, activation, n)
             for layers, activation in zip(self.rest, self.activations, strict=True)
         )
-        by_class = isinstance(self.action_head, CategoricalHead)
-        actions = (_ClassActions if by_class else _NormalActions)(self, noise.action)
-        by_class = isinstance(self.delta_head, CategoricalHead)
-        deltas = (_ClassDeltas if by_class else _NormalDeltas)(self, noise.delta)
+        actions = _sampler(_ACTIONS, self.action_head)(self, noise.action)
+        deltas = _sampler(_DELTAS, self.delta_head)(self, noise.delta)
         stop_out = None if noise.stop is None else first.new_empty(num_steps, n, 1)
 
         for t in range(num_steps - 1, -1, -1):
             state = state_at[t + 1]
             self._enter(state, first)
             if stop_out is not None:
-                stop_rest[0](stop_first[0], stop_out[t])
-            action_rest(action_first, actions.parameters_at[t])
+                rests[-1](firsts[-1], stop_out[t])
+            if not self.is_uniform:
+                rests[0](firsts[0], actions.parameters_at[t])
             actions.step(t, delta_first)
             delta_rest(delta_first, deltas.parameters_at[t])
             deltas.step(t, state, state_at[t])
@@ -165,7 +163,8 @@ class EagerWalk:
         if stop_out is not None and noise.stop is not None:
             goes_on = noise.stop >= torch.sigmoid(stop_out.squeeze(-1))
             alive = since_start(goes_on)
-        return Walk(states, *actions.finish(), deltas.log_prob(), alive)
+        values, action_log_prob = actions.finish()
+        return Walk(states, values, action_log_prob, deltas.log_prob(), alive)
 
     def _enter(self, state: Tensor, first: Tensor) -> None:
         """Run the first layer of all networks at once."""
@@ -199,143 +198,22 @@ class _Rest:
         torch.addmm(bias, x, weight, out=out)
 
 
-class _Normals:
-    """Samples of a Gaussian head in one tile; keeps what their log-densities need.
-
-    Args:
-        noise (Tensor): ``[T, n, size]`` standard normal.
-        low (Tensor): with ``width``, the log-scale is ``low + width * sigmoid(raw)``.
-        width (float): see ``low``.
-    """
-
-    def __init__(self, noise: Tensor, low: Tensor, width: float) -> None:
-        self.noise, self.low, self.width = noise, low, width
-        # One call for all views: slicing step by step costs as much as the arithmetic.
-        self.noise_at = noise.unbind(0)
-        self.log_scale = torch.empty_like(noise)
-        self.log_scale_at = self.log_scale.unbind(0)
-        num_steps, n, size = noise.shape
-        self.scale = noise.new_empty(n, size)
-        self.parameters = noise.new_empty(n, 2 * size)
-        self.parameters_at = (self.parameters,) * num_steps
-        self.loc = self.parameters[:, :size]
-        # The half that is not needed costs less than a step out of line.
-        self.gates = torch.empty_like(self.parameters)
-        self.gate = self.gates[:, size:]
-
-    def sample(self, t: int, base: Tensor, out: Tensor) -> Tensor:
-        """Write ``base + scale * noise`` of step ``t``."""
-        torch.sigmoid(self.parameters, out=self.gates)
-        log_scale = torch.add(self.low, self.gate, alpha=self.width, out=self.log_scale_at[t])
-        torch.exp(log_scale, out=self.scale)
-        return torch.addcmul(base, self.scale, self.noise_at[t], out=out)
+_ACTIONS: dict[type[nn.Module], type[Any]] = {
+    NormalHead: NormalActions,
+    TanhNormalHead: NormalActions,
+    UniformHead: UniformActions,
+    CategoricalHead: ClassActions,
+}
+_DELTAS: dict[type[nn.Module], type[Any]] = {
+    NormalHead: NormalDeltas,
+    MixtureDelta: MixtureDeltas,
+    CategoricalHead: ClassDeltas,
+}
 
 
-class _NormalActions(_Normals):
-    def __init__(self, walk: EagerWalk, noise: Tensor) -> None:
-        super().__init__(noise, *walk.action_scale)
-        assert isinstance(walk.action_head, NormalHead | TanhNormalHead)
-        self.head, self.weight = walk.action_head, walk.action_weight
-        self.squashes = isinstance(self.head, TanhNormalHead)
-        self.values = torch.empty_like(noise)
-        self.value_at = self.values.unbind(0)
-        self.squashed = torch.empty_like(self.scale)
-
-    def step(self, t: int, delta_first: Tensor) -> None:
-        """Sample, and add the action's share of the delta network's first layer."""
-        value = self.sample(t, self.loc, self.value_at[t])
-        if self.squashes:
-            value = torch.clamp(value, -TANH_LIMIT, TANH_LIMIT, out=self.squashed).tanh_()
-        delta_first.addmm_(value, self.weight)
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """Return the actions in their own unit and their log-densities."""
-        if isinstance(self.head, NormalHead):
-            mean, std = self.head.normalizer.mean, self.head.normalizer.std
-            log_prob = normal_log_prob(self.noise, self.log_scale) - std.log().sum()
-            return torch.addcmul(mean, self.values, std), log_prob
-        inside = self.values.clamp(-TANH_LIMIT, TANH_LIMIT)
-        # The noise that would have led to the clamped value.
-        noise = torch.addcdiv(self.noise, inside - self.values, self.log_scale.exp())
-        # tanh changes the scale too, by 1 - tanh(x)², whose log is -2 (x + softplus(-2 x) - log 2).
-        squeeze = torch.sub(inside, softplus(inside, beta=-2), alpha=2)
-        log_scale = torch.sub(self.log_scale, squeeze, alpha=2)
-        log_scale += (4 * self.head.half_range).log()
-        log_prob = normal_log_prob(noise, log_scale)
-        values = torch.addcmul(self.head.middle, self.head.half_range, inside.tanh_())
-        return values, log_prob
-
-
-class _NormalDeltas(_Normals):
-    def __init__(self, walk: EagerWalk, noise: Tensor) -> None:
-        super().__init__(noise, *walk.delta_scale)
-        self.unit = walk.delta_unit
-
-    def step(self, t: int, state: Tensor, before: Tensor) -> None:
-        """Sample, and write the predecessor of ``state``."""
-        self.sample(t, state, before).addcmul_(self.loc, self.unit)
-
-    def log_prob(self) -> Tensor:
-        """Return the log-densities of all steps."""
-        return normal_log_prob(self.noise, self.log_scale)
-
-
-class _Classes:
-    """Samples of a categorical head in one tile; keeps what their log-probabilities need.
-
-    Args:
-        noise (Tensor): ``[T, n, 1]`` uniform in [0, 1).
-        num_classes (int): number of classes.
-    """
-
-    def __init__(self, noise: Tensor, num_classes: int) -> None:
-        self.noise_at = noise.squeeze(-1).unbind(0)
-        self.parameters_at = noise.new_empty(*noise.shape[:2], num_classes).unbind(0)
-        self.logits: list[Tensor] = []
-        self.indices: list[Tensor] = []
-
-    def sample(self, t: int, logits: Tensor) -> Tensor:
-        """Return the class indices of step ``t``, the last step first."""
-        index = sample_index(logits, self.noise_at[t])
-        self.logits.append(logits)
-        self.indices.append(index)
-        return index
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """Return the class indices and their log-probabilities."""
-        logits, index = torch.stack(self.logits[::-1]), torch.stack(self.indices[::-1])
-        # Classes first: torch vectorises over what follows, and there may be very few of them.
-        log_prob = torch.log_softmax(logits.movedim(-1, 0).contiguous(), 0)
-        return index, log_prob.gather(0, index.unsqueeze(0)).squeeze(0)
-
-
-class _ClassActions(_Classes):
-    def __init__(self, walk: EagerWalk, noise: Tensor) -> None:
-        super().__init__(noise, walk.action_head.output_size)
-        self.weight = walk.action_weight
-
-    def step(self, t: int, delta_first: Tensor) -> None:
-        """Sample, and add the action's share of the delta network's first layer."""
-        delta_first.add_(self.weight[self.sample(t, self.parameters_at[t])])
-
-
-class _ClassDeltas(_Classes):
-    def __init__(self, walk: EagerWalk, noise: Tensor) -> None:
-        super().__init__(noise, walk.delta_head.output_size)
-        self.head, self.codec = walk.delta_head, walk.codec
-
-    def step(self, t: int, state: Tensor, before: Tensor) -> None:
-        """Sample, and write the predecessor of ``state``."""
-        logits = self.parameters_at[t]
-        if isinstance(self.head, SupportDelta):
-            index = self.sample(t, self.head.logits(logits, state))
-            before.copy_(self.head.displace(state, index))
-        else:
-            before.copy_(self.codec.from_joint_index(self.sample(t, logits)))
-
-    def log_prob(self) -> Tensor:
-        """Return the log-probabilities of all steps."""
-        return self.finish()[1]
+def _sampler(kinds: dict[type[nn.Module], type[Any]], head: nn.Module) -> type[Any]:
+    """Return what samples a head in a tile."""
+    return next(kind for cls, kind in kinds.items() if isinstance(head, cls))
 
 
 def _activation(modules: list[nn.Module]) -> Activation | None:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_recall.heads import CategoricalHead, GaussianHead, NormalHead, SupportDelta
+from torchrl_recall.mixture import MixtureDelta
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.native import interface
+from torchrl_recall.networks import NETWORKS
 from torchrl_recall.traces import eager
 from torchrl_recall.traces.columns import Form
-from torchrl_recall.traces.eager import NETWORKS
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
@@ -49,6 +50,10 @@ _SETTINGS = (
 
 def unsupported(model: BacktrackModel) -> str | None:
     """Say why a model has no layout that the native library can run, or None if it has."""
+    if isinstance(model.delta_head, MixtureDelta):
+        return "the change of state is a mixture of Gaussians"
+    if model.action.is_uniform:
+        return "the actions are uniform"
     reason = eager.unsupported(model)
     if reason is not None:
         return reason

@@ -264,7 +264,7 @@ def walk(
     given = [0, 0, 0]
     if noise is not None:
         noise = TraceNoise(*(x if x is None else x.resolve_neg().contiguous() for x in noise))  # pyright: ignore
-        given = [0 if part is None else part.data_ptr() for part in noise]
+        given = [0 if part is None else part.data_ptr() for part in noise[:3]]
     words = [num_rows, num_traces, num_steps, start.data_ptr(), seed, *given]
     words += map(Tensor.data_ptr, columns)
     words += last_visit, plan.instruction_set, 0, 0, 0

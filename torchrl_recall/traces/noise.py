@@ -17,11 +17,14 @@ class TraceNoise(NamedTuple):
         action (Tensor): ``[T, n, A]`` standard normal, or ``[T, n, 1]`` uniform in [0, 1).
         delta (Tensor): ``[T, n, D]`` standard normal, or ``[T, n, 1]`` uniform in [0, 1).
         stop (Tensor or None): ``[T, n]`` uniform in [0, 1), with a stop head.
+        member (Tensor or None): uniform in [0, 1), of an ensemble; its part of ``num_members``
+            picks the member. ``[T, n]`` if that is drawn for each step, ``[1, n]`` for each trace.
     """
 
     action: Tensor
     delta: Tensor
     stop: Tensor | None
+    member: Tensor | None = None
 
 
 def draw_noise(
@@ -48,9 +51,13 @@ def draw_noise(
         return function(*shape, generator=generator, dtype=dtype, device=device)
 
     stop = draw("uniform", num_steps, num_rows) if model.has_stop else None
+    member = None
+    if model.num_members > 1:
+        member = draw("uniform", num_steps if model.member_per == "step" else 1, num_rows)
     action_head, delta_head = model.action.head, model.delta_head
     return TraceNoise(
         action=draw(action_head.noise_kind, num_steps, num_rows, action_head.noise_size),
         delta=draw(delta_head.noise_kind, num_steps, num_rows, delta_head.noise_size),
         stop=stop,
+        member=member,
     )

@@ -123,7 +123,10 @@ def _check_noise(model: BacktrackModel, noise: TraceNoise, num_steps: int, rows:
         "action": (num_steps, rows, model.action.head.noise_size),
         "delta": (num_steps, rows, model.delta_head.noise_size),
         "stop": (num_steps, rows) if model.has_stop else None,
+        "member": None,
     }
+    if model.num_members > 1:
+        expected["member"] = (num_steps if model.member_per == "step" else 1, rows)
     for name, shape in expected.items():
         part = getattr(noise, name)
         if part is not None and not isinstance(part, Tensor):

@@ -181,7 +181,7 @@ def triton_walk(
         start = start.contiguous()
         noise_columns = (None, None, None)
         if noise is not None:
-            noise_columns = tuple(part if part is None else part.contiguous() for part in noise)
+            noise_columns = tuple(part if part is None else part.contiguous() for part in noise[:3])
         scalars = _scales(model) | constants(model, sizes, tiles, precision, draws=noise is None)
         for first_row in range(0, len(start), rows_a_launch):
             rows = min(len(start) - first_row, rows_a_launch)
