@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tensordict import NestedKey, unravel_key
 from torch import Tensor
-from torchrl.envs import EnvBase
+from torchrl.envs import AsyncEnvPool, EnvBase, ParallelEnv, SerialEnv, TransformedEnv
 
 
 def model_arguments(
@@ -60,7 +60,7 @@ def model_arguments(
         raise ValueError(f"env must have one action, got the action keys {env.action_keys}.")
     action_key = env.action_keys[0]
     if delta_support is None:
-        delta_support = getattr(env, "delta_support", None)
+        delta_support = _delta_support(env)
     return {
         "observation": {key: specs[key] for key in observation_keys},
         "action": env.full_action_spec_unbatched[action_key],
@@ -70,3 +70,23 @@ def model_arguments(
         "is_init_key": is_init_key,
         "device": env.device if device is None else device,
     }
+
+
+def _delta_support(env: EnvBase) -> Any:
+    """Return the environment's own ``delta_support``, a batched one's first worker's, or None."""
+    base: Any = env
+    while isinstance(base, TransformedEnv):
+        base = base.base_env
+    if isinstance(base, SerialEnv | ParallelEnv):
+        # Workers are not asked: one without the attribute would end.
+        maker, options = base.create_env_fn[0], base.create_env_kwargs[0]
+    elif isinstance(base, AsyncEnvPool):
+        maker, options = base.env_makers[0], base.create_env_kwargs[0]
+    else:
+        return getattr(env, "delta_support", None)
+    if isinstance(maker, EnvBase):
+        return _delta_support(maker)
+    one = maker(**options)
+    support = _delta_support(one)
+    one.close(raise_if_closed=False)
+    return support
