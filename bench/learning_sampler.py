@@ -78,12 +78,8 @@ class Ranked(train.RecallTraces):
 
 def run(way: str, seed: int, size: int, steps: int) -> dict[str, Any]:
     """Run one way with one seed."""
-    kept = train.RecallTraces
-    train.RecallTraces = partial(Ranked, way=way)  # pyright: ignore
-    try:
-        done = train.train("recall_found", seed, train.Settings(size=size, steps=steps))
-    finally:
-        train.RecallTraces = kept
+    settings = train.Settings(size=size, steps=steps)
+    done = train.train("recall_found", seed, settings, recall_traces=partial(Ranked, way=way))
     return {"way": way, "seed": seed, "t90": done["t90"], "wall_s": round(done["wall_s"], 1)}
 
 

@@ -6,7 +6,6 @@ import time
 
 import pytest
 import torch
-from exact_model import exact_model
 from model_data import make_maze
 from tensordict import TensorDict
 from torch.distributions import Normal
@@ -17,7 +16,12 @@ from torchrl.data import MultiCategorical, Unbounded
 
 from torchrl_recall import BacktrackLoss, BacktrackModel
 from torchrl_recall.diagnostics import tabular_kernel
-from torchrl_recall.envs import FourRoomsEnv, backtrack_kernel, kernel_divergence
+from torchrl_recall.envs import (
+    FourRoomsEnv,
+    backtrack_kernel,
+    exact_backtrack_model,
+    kernel_divergence,
+)
 
 F64 = torch.float64
 UNIFORM = torch.full((25, 4), 0.25)
@@ -196,7 +200,7 @@ def test_the_exact_model_is_exact(size, start, slip):
     env = FourRoomsEnv(size, slip=slip, start=start, max_steps=None)
     torch.manual_seed(0)
     policy = torch.softmax(torch.randn(size**2, 4, dtype=F64), -1)
-    model, exact = exact_model(env, policy)
+    model, exact = exact_backtrack_model(env, policy), backtrack_kernel(env, policy)
     stop, predecessor = tabular_kernel(model, env)
     found = kernel_divergence(exact, stop, predecessor)
     assert abs(float(found.per_step)) < 1e-6

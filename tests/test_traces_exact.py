@@ -7,16 +7,17 @@ from collections import Counter
 
 import pytest
 import torch
-from exact_model import exact_model
 from scipy import stats
 from torch import nn
 from torchrl.envs import InitTracker, TransformedEnv
-from trace_data import F64, make_model, randn
+from trace_data import F64, chi_square, make_model, randn
 
 from torchrl_recall import BacktrackLoss, BacktrackModel, sample_traces
 from torchrl_recall.diagnostics import tabular_kernel
 from torchrl_recall.envs import (
     FourRoomsEnv,
+    backtrack_kernel,
+    exact_backtrack_model,
     forward_log_probability,
     trajectory_log_probability,
     transition_probability,
@@ -28,29 +29,6 @@ ERROR_RATE = 1e-4
 UNIFORM = torch.full((25, 4), 0.25, dtype=F64)
 GOAL = 18
 MAZE = {"slip": 0.1, "max_steps": None}
-
-
-def chi_square(counts, probability, total):
-    """p-value of counts of outcomes; rare ones are pooled, impossible ones must not occur."""
-    assert set(counts) <= {outcome for outcome, p in probability.items() if p > 0}
-    assert sum(counts.values()) == total
-    assert sum(probability.values()) == pytest.approx(1, abs=1e-6)
-    observed, expected, pool = [], [], [0.0, 0.0]
-    for outcome, p in probability.items():
-        if total * p >= 10:
-            observed.append(counts.get(outcome, 0))
-            expected.append(total * p)
-        else:
-            pool[0] += counts.get(outcome, 0)
-            pool[1] += total * p
-    if pool[1] >= 10:
-        observed.append(pool[0])
-        expected.append(pool[1])
-    elif pool[1]:
-        observed[-1] += pool[0]
-        expected[-1] += pool[1]
-    expected = [e * sum(observed) / sum(expected) for e in expected]
-    return stats.chisquare(observed, expected).pvalue
 
 
 def as_cells(trace):
@@ -87,8 +65,8 @@ def fitted():
 
 @pytest.fixture(scope="module")
 def exact():
-    model, kernel = exact_model(FourRoomsEnv(5, **MAZE), UNIFORM)
-    return model, kernel
+    env = FourRoomsEnv(5, **MAZE)
+    return exact_backtrack_model(env, UNIFORM), backtrack_kernel(env, UNIFORM)
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from scipy import stats
 from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot, Unbounded
 
 from torchrl_recall import BacktrackModel, sample_traces
@@ -82,3 +84,26 @@ def walk(model, backend="auto", **options):
     return sample_traces(
         model, start.to(model.dtype), num_steps=3, noise=noise, backend=backend, **options
     )
+
+
+def chi_square(counts, probability, total):
+    """p-value of counts of outcomes; rare ones are pooled, impossible ones must not occur."""
+    assert set(counts) <= {outcome for outcome, p in probability.items() if p > 0}
+    assert sum(counts.values()) == total
+    assert sum(probability.values()) == pytest.approx(1, abs=1e-6)
+    observed, expected, pool = [], [], [0.0, 0.0]
+    for outcome, p in probability.items():
+        if total * p >= 10:
+            observed.append(counts.get(outcome, 0))
+            expected.append(total * p)
+        else:
+            pool[0] += counts.get(outcome, 0)
+            pool[1] += total * p
+    if pool[1] >= 10:
+        observed.append(pool[0])
+        expected.append(pool[1])
+    elif pool[1]:
+        observed[-1] += pool[0]
+        expected[-1] += pool[1]
+    expected = [e * sum(observed) / sum(expected) for e in expected]
+    return stats.chisquare(observed, expected).pvalue

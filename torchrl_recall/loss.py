@@ -5,6 +5,7 @@ Its term adds to those of any TorchRL loss.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +13,23 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams, unravel_key
 from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor
+from torchrl.data.tensor_specs import TensorSpec
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
 from torchrl_recall.checks import check_finite, check_real
+from torchrl_recall.imitation_distance import (
+    Distance,
+    action_distance,
+    check_distance,
+    chosen_action,
+    half_range,
+)
+from torchrl_recall.imitation_weights import ImitationKeys, ImitationWeight
 from torchrl_recall.masking import (
     Reduction,
     check_reduction,
-    fill_rows,
+    filled_entries,
     kept_rows,
     reduce_kept,
 )
@@ -31,26 +41,42 @@ class RecallTraceLoss(LossModule):
     """Imitation of recall traces: ``-log π(a_t|s_t)`` over the kept steps of ``"trace"``.
 
     Add its term to those of any TorchRL loss of the same actor. No gradient flows through a trace.
-    If nothing is kept, the loss is exactly zero.
+    If nothing is kept, the loss is exactly zero. With weights ``w_t`` it is the mean (or sum) over
+    kept steps of ``-w_t log π(a_t|s_t)``; a step of weight zero is still a kept one.
 
     Args:
-        actor (TensorDictModule): a stochastic policy with ``get_dist``.
+        actor (TensorDictModule): a stochastic policy with ``get_dist``; with ``loss_function`` also
+            a deterministic one.
         model (BacktrackModel, optional): also fit the model on the same batch's real transitions,
             the paper's plain form. Fitting it on all data with `BacktrackLoss` works better.
 
     Keyword Args:
-        imitation_coeff (float): factor of ``loss_imitation``; set it at any time.
+        imitation_coeff (float): factor of ``loss_imitation``. Set it at any time, as TorchRL's
+            coefficients: ``loss.imitation_coeff = 0.1`` in a loop or a trainer's hook.
         backtrack_coeff (float): factor of ``loss_backtrack``; set it at any time.
         reduction (str): ``"mean"`` over kept steps, ``"sum"``, or ``"none"``.
+        weight (ImitationWeight, optional): what each step counts, such as `AdvantageWeight` or
+            `QValueWeight`. None: all the same.
+        discount (float): factor ``discount^(T - 1 - t)`` of a step's weight, in [0, 1]: below 1
+            what is nearer to the trace's end counts more.
+        normalize_weights (bool): divide the weights by their mean over the kept steps.
+        loss_function (str, optional): ``"mse"``, ``"l1"`` or ``"smooth_l1"``: instead of ``-log π``
+            the distance of the actor's deterministic action from the trace's, mean over its
+            entries.
+        action_spec (TensorSpec, optional): with ``loss_function``: if bounded, distances are in
+            units of half the action's range.
 
     Returns:
         TensorDict: ``loss_imitation`` (and ``loss_backtrack`` with its logs), and detached for the
-        log ``trace_kept``, the share of steps kept, and ``trace_log_prob``, their mean log π.
+        log ``trace_kept``, the share of steps kept, and ``trace_log_prob``, their mean log π (with
+        ``loss_function`` ``trace_distance``, their mean distance). With weights or a discount also
+        ``trace_weight``, their mean over kept steps, not normalised, and ``trace_open``, the share
+        of kept steps whose weight is above zero.
 
     Raises:
         KeyError: the trace, or a key in it, is missing.
-        TypeError: the actor has no ``get_dist``.
-        ValueError: non-finite kept steps or an empty trace.
+        TypeError: the actor has no ``get_dist``, and there is no ``loss_function``.
+        ValueError: non-finite kept steps or weights, an empty trace, a ``discount`` out of range.
 
     Source: Goyal et al., *Recall Traces*, ICLR 2019, https://arxiv.org/abs/1804.00379.
 
@@ -72,22 +98,17 @@ class RecallTraceLoss(LossModule):
     """
 
     @dataclass
-    class _AcceptedKeys(LossModule._AcceptedKeys):
-        """Names of the entries.
-
-        Attributes:
-            trace (NestedKey): the traces, a nested TensorDict.
-            action (NestedKey): the action, inside the trace.
-        """
-
-        trace: NestedKey = "trace"
-        action: NestedKey = "action"
+    class _AcceptedKeys(ImitationKeys, LossModule._AcceptedKeys):
+        """Names of the entries."""
 
     default_keys = _AcceptedKeys
     _schedulable_buffers = frozenset({"imitation_coeff", "backtrack_coeff"})
 
     tensor_keys: _AcceptedKeys  # pyright: ignore[reportIncompatibleMethodOverride]
     reduction: Reduction
+    weight: ImitationWeight | None
+    half_range: Tensor | None
+    loss_function: Distance | None
     actor_network: TensorDictModule
     actor_network_params: TensorDictParams
     target_actor_network_params: TensorDictParams
@@ -102,11 +123,22 @@ class RecallTraceLoss(LossModule):
         imitation_coeff: float = 1.0,
         backtrack_coeff: float = 1.0,
         reduction: Reduction = "mean",
+        weight: ImitationWeight | None = None,
+        discount: float = 1.0,
+        normalize_weights: bool = False,
+        loss_function: Distance | None = None,
+        action_spec: TensorSpec | None = None,
     ) -> None:
-        if not hasattr(actor, "get_dist"):
+        loss_function = check_distance(loss_function)
+        if loss_function is None and not hasattr(actor, "get_dist"):
             raise TypeError(
-                f"actor must be a stochastic policy with get_dist, got {type(actor).__name__}."
+                f"actor must be a stochastic policy with get_dist, got {type(actor).__name__}; "
+                "imitate with a deterministic one by loss_function='mse'."
             )
+        if loss_function is None and action_spec is not None:
+            raise ValueError("action_spec is the unit of a loss_function, but there is none.")
+        if weight is not None and not callable(weight):
+            raise TypeError(f"weight must be an ImitationWeight, got {type(weight).__name__}.")
         super().__init__()
         self.convert_to_functional(actor, "actor_network")
         self.reduction = check_reduction(reduction)
@@ -117,18 +149,41 @@ class RecallTraceLoss(LossModule):
         self.register_coeff_buffer(
             "backtrack_coeff", check_real("backtrack_coeff", backtrack_coeff)
         )
+        self.loss_function = loss_function
+        self.register_buffer("half_range", half_range(action_spec), persistent=False)
+        # In __dict__: the weight's networks are not this loss's, even if it is a module.
+        object.__setattr__(self, "weight", weight)
+        self.discount = check_real("discount", discount, 0.0, 1.0)
+        self.normalize_weights = bool(normalize_weights)
         fitted = [] if self.backtrack is None else self.backtrack.out_keys
-        self.out_keys: list[NestedKey] = ["loss_imitation", "trace_kept", "trace_log_prob", *fitted]
+        self.out_keys: list[NestedKey] = [
+            "loss_imitation",
+            "trace_kept",
+            "trace_log_prob" if loss_function is None else "trace_distance",
+            *(["trace_weight", "trace_open"] if self._is_weighted else []),
+            *fitted,
+        ]
         self._set_in_keys()
+
+    @property
+    def _is_weighted(self) -> bool:
+        return self.weight is not None or self.discount != 1
 
     def _set_in_keys(self) -> None:
         """Follow ``set_keys``, which calls this."""
-        names = dict.fromkeys([*self.actor_network.in_keys, self.tensor_keys.action])
+        keys = self.tensor_keys
+        names = [*self.actor_network.in_keys, keys.action]
+        weighing = getattr(self.weight, "in_keys", None)
         fitted = [] if self.backtrack is None else self.backtrack.in_keys
-        self.in_keys: Any = [
-            *(unravel_key((self.tensor_keys.trace, name)) for name in names),
-            *fitted,
-        ]
+        self.in_keys: Any = list(
+            dict.fromkeys(
+                [
+                    *(unravel_key((keys.trace, name)) for name in names),
+                    *([] if weighing is None else weighing(keys)),
+                    *fitted,
+                ]
+            )
+        )
 
     def reset_parameters_recursive(self) -> None:
         """Draw new parameters for the actor, and for the model if there is one."""
@@ -152,16 +207,26 @@ class RecallTraceLoss(LossModule):
         if trace.shape.numel() == 0:
             raise ValueError(f"the trace is empty: batch size {tuple(trace.shape)}.")
         kept = kept_rows(self, trace)
-        log_prob = self._log_prob(trace, kept)
+        loss = self._step_loss(trace, kept)
         if trace.ndim == 0:
             # Keyword tensors come without a batch size.
-            kept = kept.expand_as(log_prob)
-        loss = reduce_kept(-log_prob, kept, self.reduction)
-        out = {
-            "loss_imitation": self.imitation_coeff * loss,
-            "trace_kept": kept.to(log_prob.dtype).mean(),
-            "trace_log_prob": reduce_kept(log_prob.detach(), kept, "mean"),
-        }
+            kept = kept.expand_as(loss)
+        average = reduce_kept(loss.detach(), kept, "mean")
+        out = {"trace_kept": kept.to(loss.dtype).mean()}
+        if self.loss_function is None:
+            out["trace_log_prob"] = -average
+        else:
+            out["trace_distance"] = average
+        if self._is_weighted:
+            weight = self._step_weight(trace, tensordict, kept, loss.dtype)
+            out["trace_weight"] = reduce_kept(weight, kept, "mean")
+            out["trace_open"] = reduce_kept((weight > 0).to(weight.dtype), kept, "mean")
+            if self.normalize_weights:
+                mean = out["trace_weight"]
+                weight = torch.where(mean > 0, weight / mean, weight)
+            loss = weight * loss
+        loss = reduce_kept(loss, kept, self.reduction)
+        out = {"loss_imitation": self.imitation_coeff * loss, **out}
         if self.backtrack is not None:
             fitted = self.backtrack(tensordict)
             fitted.set("loss_backtrack", self.backtrack_coeff * fitted.get("loss_backtrack"))
@@ -170,33 +235,30 @@ class RecallTraceLoss(LossModule):
         self._clear_weakrefs(tensordict, td_out, "actor_network_params")
         return td_out
 
-    def _log_prob(self, trace: TensorDictBase, kept: Tensor) -> Tensor:
-        """Return ``log π(a_t|s_t)``, of any finite value where steps are masked."""
-        if not torch.compiler.is_compiling() and not bool(kept.any()):
+    def _step_loss(self, trace: TensorDictBase, kept: Tensor) -> Tensor:
+        """Return each step's ``-log π(a_t|s_t)`` or distance, any finite value where masked."""
+        if self._nothing_kept(kept):
             # There is no step whose entries are known to suit the actor.
             zeros = [0 * parameter.sum() for parameter in self.actor_network_params.parameters()]
             return sum(zeros, kept.new_zeros((), dtype=torch.get_default_dtype())).expand(
                 kept.shape
             )
-        cleaned = TensorDict({}, kept.shape, device=trace.device)
-        for key in dict.fromkeys([*self.actor_network.in_keys, self.tensor_keys.action]):
-            value = trace.get(key, default=None)
-            if value is None:
-                raise KeyError(
-                    f"key {key!r} is missing from the trace, which has {sorted_keys(trace)}."
-                )
-            value = fill_rows(value.detach(), kept)
-            check_finite(f"trace {key!r} at kept steps", value)
-            cleaned.set(key, value)
-        action = cleaned.get(self.tensor_keys.action)
+        action_key = self.tensor_keys.action
+        cleaned = filled_entries(trace, [*self.actor_network.in_keys, action_key], kept)
+        action = cleaned.get(action_key)
         inputs = cleaned.select(*self.actor_network.in_keys)
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
+            if self.loss_function is not None:
+                actor = self.actor_network
+                chosen = chosen_action(actor(inputs), action_key, actor.out_keys)
+                batch = kept.shape if trace.ndim else None
+                return action_distance(self.loss_function, chosen, action, self.half_range, batch)
             distribution = self.actor_network.get_dist(inputs)
             # A narrower action would broadcast. (TorchRL's one-hot distributions state no event.)
             event = getattr(distribution, "event_shape", torch.Size())
             if event and action.shape[-len(event) :] != event:
                 raise ValueError(
-                    f"trace {self.tensor_keys.action!r} has shape {tuple(action.shape)}, but the "
+                    f"trace {action_key!r} has shape {tuple(action.shape)}, but the "
                     f"actor's distribution is over actions of shape {tuple(event)}."
                 )
             log_prob = distribution.log_prob(action)
@@ -205,4 +267,48 @@ class RecallTraceLoss(LossModule):
                 f"the actor's log_prob has shape {tuple(log_prob.shape)}, expected one for each "
                 f"step, {tuple(kept.shape)}; its distribution should reduce the action."
             )
-        return log_prob
+        return -log_prob
+
+    def _step_weight(
+        self,
+        trace: TensorDictBase,
+        tensordict: TensorDictBase,
+        kept: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Return the weight of each step, zero where masked."""
+        if kept.ndim == 0:
+            raise ValueError("the trace has no time dimension, so its steps cannot be weighed.")
+        weight = torch.ones_like(kept, dtype=dtype)
+        if self.weight is not None and not self._nothing_kept(kept):
+            if trace.ndim == 0:
+                trace = TensorDict(trace.to_dict(), kept.shape)
+            with torch.no_grad():
+                weight = self.weight(trace, tensordict, kept, self.tensor_keys)
+            if weight.shape != kept.shape:
+                raise ValueError(
+                    f"{type(self.weight).__name__} gave weights of shape {tuple(weight.shape)}, "
+                    f"expected one for each step, {tuple(kept.shape)}."
+                )
+            weight = weight.detach().to(dtype)
+        if self.discount != 1:
+            length = kept.shape[-1]
+            to_end = torch.arange(length - 1, -1, -1, device=kept.device, dtype=dtype)
+            weight = weight * self.discount**to_end
+        weight = weight.masked_fill(~kept, 0.0)
+        check_finite("weight at kept steps", weight)
+        return weight
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecallTraceLoss:
+        # A TensorDict copies its parameters anew, and the weight's actor would be another one.
+        parameters = self.actor_network_params
+        copied = memo[id(parameters)] = copy.deepcopy(parameters)
+        pairs = zip(parameters.parameters(), copied.parameters(), strict=True)
+        memo.update({id(old): new for old, new in pairs})
+        other = memo[id(self)] = self.__class__.__new__(self.__class__)
+        other.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return other
+
+    @staticmethod
+    def _nothing_kept(kept: Tensor) -> bool:
+        return not torch.compiler.is_compiling() and not bool(kept.any())

@@ -11,11 +11,13 @@ from itertools import cycle
 from typing import Literal
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.objectives.common import LossModule
 
+from torchrl_recall.checks import check_finite
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.observation import sorted_keys
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -118,3 +120,31 @@ def fill_rows(value: Tensor, kept: Tensor) -> Tensor:
     row = value.reshape(-1, *event).index_select(0, first).squeeze(0)
     row = torch.where(kept.any(), row, torch.zeros_like(row))
     return torch.where(kept.reshape(kept.shape + (1,) * len(event)), value, row)
+
+
+def filled_entries(trace: TensorDictBase, keys: Iterable[NestedKey], kept: Tensor) -> TensorDict:
+    """Read what a network needs of a trace, without gradient and without what masked steps hold.
+
+    Args:
+        trace (TensorDictBase): ``[*B]``; not changed.
+        keys (iterable of NestedKey): what to read.
+        kept (Tensor): ``[*B]`` bool, True somewhere.
+
+    Returns:
+        TensorDict: ``[*B]``, those entries; kept rows are finite.
+
+    Raises:
+        KeyError: a key is missing.
+        ValueError: kept rows hold NaN or infinite entries.
+    """
+    filled = TensorDict({}, kept.shape, device=trace.device)
+    for key in dict.fromkeys(keys):
+        value = trace.get(key, default=None)
+        if value is None:
+            raise KeyError(
+                f"key {key!r} is missing from the trace, which has {sorted_keys(trace)}."
+            )
+        value = fill_rows(value.detach(), kept)
+        check_finite(f"trace {key!r} at kept steps", value)
+        filled.set(key, value)
+    return filled

@@ -31,6 +31,7 @@ from torchrl_recall.starts import StartStates
 from torchrl_recall.trace_masks import TraceMask
 from torchrl_recall.traces import sample_traces
 from torchrl_recall.traces.backends import BACKENDS, Backend
+from torchrl_recall.traces.candidates import Support
 from torchrl_recall.traces.request import PRECISIONS, Precision
 
 
@@ -44,13 +45,13 @@ class BacktrackTransform(Transform):
 
     As a collector's ``postproc`` it works with ``Collector`` and ``MultiSyncCollector``. On an
     environment it does nothing. The model is shared, not owned: it stays out of ``parameters()``,
-    ``state_dict()`` and ``to()`` of the transform.
+    ``state_dict()`` and ``to()`` of the transform; so do ``start``, ``masks`` and ``support``.
 
     Args:
         model (BacktrackModel): the model to walk with, as it is at each call.
 
     Keyword Args:
-        num_steps (int): length ``T`` of the traces.
+        num_steps (int): length ``T`` of the traces; set it at any time, see `TraceLengthScheduler`.
         num_traces (int, optional): number ``N`` of traces for each transition.
         in_keys (sequence of NestedKey, optional): where to read the states that traces end in, one
             key for each of the model's observation keys. Defaults to ``("next", observation)``.
@@ -60,6 +61,9 @@ class BacktrackTransform(Transform):
         start (StartStates, optional): where traces start, instead of the sampled transitions' next
             states; see `torchrl_recall.starts`.
         masks (sequence of TraceMask): what else to leave out; see `torchrl_recall.trace_masks`.
+        support (callable, optional): keeps traces inside the data; as for `sample_traces`, see
+            `torchrl_recall.support`.
+        num_candidates (int): predecessors drawn for each step, with ``support``.
         min_value (float, optional): mask traces whose start has a value below this.
         value_key (NestedKey): where to read that value, ``[*B]`` or ``[*B, 1]``.
         generator (torch.Generator, optional): source of randomness, on the model's device. By
@@ -95,6 +99,7 @@ class BacktrackTransform(Transform):
     model: BacktrackModel
     start: StartStates | None
     masks: list[TraceMask]
+    support: Support | None
 
     def __init__(
         self,
@@ -107,6 +112,8 @@ class BacktrackTransform(Transform):
         start: StartStates | None = None,
         last_visit: bool = True,
         masks: Sequence[TraceMask] = (),
+        support: Support | None = None,
+        num_candidates: int = 4,
         min_value: float | None = None,
         value_key: NestedKey = "value_target",
         generator: torch.Generator | None = None,
@@ -133,12 +140,17 @@ class BacktrackTransform(Transform):
         if len(out_keys) != 1:
             raise ValueError(f"out_keys must name one key for the traces, got {out_keys}.")
         super().__init__(in_keys=in_keys, out_keys=out_keys)
+        if callable(masks):
+            raise TypeError(f"masks must be a sequence of TraceMasks, got {type(masks).__name__}.")
         # In __dict__, or buffers would move it, switch it to eval and save it a second time.
-        self.__dict__.update(model=model, start=start, masks=list(masks))
+        self.__dict__.update(model=model, start=start, masks=list(masks), support=support)
         for mask in self.masks:
             if not callable(mask):
                 raise TypeError(f"masks must hold TraceMasks, got a {type(mask).__name__}.")
-        self.num_steps = check_at_least_one("num_steps", num_steps)
+        if support is not None and not callable(support):
+            raise TypeError(f"support must be callable, got {type(support).__name__}.")
+        self.num_candidates = check_at_least_one("num_candidates", num_candidates)
+        self.num_steps = num_steps
         self.num_traces = (
             None if num_traces is None else check_at_least_one("num_traces", num_traces)
         )
@@ -161,6 +173,15 @@ class BacktrackTransform(Transform):
         else:
             check_device("generator", generator.device, model.device)
         self.generator = generator
+
+    @property
+    def num_steps(self) -> int:
+        """Length ``T`` of the traces; set it at any time, traces drawn ahead keep theirs."""
+        return self._num_steps
+
+    @num_steps.setter
+    def num_steps(self, num_steps: int) -> None:
+        self._num_steps = check_at_least_one("num_steps", num_steps)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the traces of every row of ``tensordict`` at the out key.
@@ -207,6 +228,8 @@ class BacktrackTransform(Transform):
             generator=self._generator(),
             backend=self.backend,
             precision=self.precision,
+            support=self.support,
+            num_candidates=self.num_candidates,
         )
         kept = trace.get(("collector", "mask"))
         if eligible is not None:
@@ -291,6 +314,10 @@ class BacktrackTransform(Transform):
 
 def _checked_mask(kept: Tensor, mask: TraceMask, expected: Tensor) -> Tensor:
     """Return what a mask said, if it is one bool for each step."""
+    if not isinstance(kept, Tensor):
+        raise TypeError(
+            f"{type(mask).__name__} in masks gave a {type(kept).__name__}, expected a bool tensor."
+        )
     if kept.dtype != torch.bool or kept.shape != expected.shape:
         raise ValueError(
             f"{type(mask).__name__} in masks gave {kept.dtype} of shape {tuple(kept.shape)}, "

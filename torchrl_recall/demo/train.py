@@ -103,15 +103,19 @@ class A2C:
 class RecallTraces:
     """What a user of recall traces adds to a training script."""
 
+    # What the model is fitted on, and what says where traces start.
+    stored: tuple[Any, ...] = (
+        "observation",
+        "action",
+        ("next", "observation"),
+        ("next", "reward"),
+    )
+
     def __init__(self, env: FourRoomsEnv, a2c: A2C, settings: Settings, goal_known: bool) -> None:
-        self.settings = settings
-        self.model = BacktrackModel.from_env(env, num_cells=settings.num_cells)
+        self.settings, self.env, self.a2c = settings, env, a2c
+        self.model = self.make_model()
         self.goal = env.goal.expand(settings.num_traces, 2) if goal_known else None
-        self.transform = BacktrackTransform(
-            self.model,
-            num_steps=settings.trace_length * settings.size,
-            in_keys=["goal"] if goal_known else None,
-        )
+        self.transform = self.make_transform(["goal"] if goal_known else None)
         storage = LazyTensorStorage(
             settings.steps + settings.num_envs * settings.rollout, device=env.device
         )
@@ -126,18 +130,34 @@ class RecallTraces:
             storage=storage, writer=self.recall_buffer.writer, batch_size=settings.model_batch
         )
         self.model_loss = BacktrackLoss(self.model)
-        self.recall_loss = RecallTraceLoss(a2c.actor, imitation_coeff=settings.imitation_coeff)
+        self.recall_loss = self.make_loss()
         self.optimizer = torch.optim.Adam(self.model_loss.parameters(), settings.learning_rate)
         self.found = False
         self.visits = torch.zeros(settings.size**2, dtype=torch.int64, device=env.device)
 
+    def make_model(self) -> BacktrackModel:
+        """Build the backtracking model."""
+        return BacktrackModel.from_env(self.env, num_cells=self.settings.num_cells)
+
+    def make_transform(self, in_keys: list[str] | None) -> BacktrackTransform:
+        """Build what walks back, from the states at ``in_keys``."""
+        num_steps = self.settings.trace_length * self.settings.size
+        return BacktrackTransform(self.model, num_steps=num_steps, in_keys=in_keys)
+
+    def make_loss(self) -> RecallTraceLoss:
+        """Build the imitation."""
+        return RecallTraceLoss(self.a2c.actor, imitation_coeff=self.settings.imitation_coeff)
+
     def observe(self, data: TensorDictBase) -> None:
         """Store the rollout, say what is of value in it, and fit the model on all data."""
-        keys = ("observation", "action", ("next", "observation"), ("next", "reward"))
-        data = data.select(*keys).reshape(-1)
+        data = data.select(*self.stored).reshape(-1)
         self.recall_buffer.extend(data)
         if self.goal is None:
             self._refresh_values(data)
+        self.fit()
+
+    def fit(self) -> None:
+        """Fit the model."""
         for _ in range(self.settings.model_updates):
             loss = self.model_loss(self.model_buffer.sample())["loss_backtrack"]
             self.optimizer.zero_grad()
@@ -168,6 +188,8 @@ def train(
     seed: int,
     settings: Settings,
     progress: Callable[[int], None] | None = None,
+    *,
+    recall_traces: Callable[[FourRoomsEnv, A2C, Settings, bool], RecallTraces] = RecallTraces,
 ) -> dict[str, Any]:
     """Run one method with one seed until it is solved or the budget is spent.
 
@@ -176,6 +198,7 @@ def train(
         seed (int): seed of environment, networks and samplers.
         settings (Settings): the numbers.
         progress (callable, optional): called with the environment steps so far.
+        recall_traces (callable): builds what the recall methods add.
 
     Returns:
         dict: ``method``, ``seed``, ``goal_known``, ``steps``, ``success`` (exact), ``t90`` (first
@@ -200,7 +223,7 @@ def train(
     goal_known = method == "recall_known"
     recall = None
     if method.startswith("recall"):
-        recall = RecallTraces(env, a2c, settings, goal_known)
+        recall = recall_traces(env, a2c, settings, goal_known)
     sil = SelfImitation(env, a2c, settings) if method == "a2c_sil" else None
     collector = Collector(
         env,
@@ -220,7 +243,7 @@ def train(
         if recall is not None:
             recall.observe(data)
             for _ in range(settings.imitation_updates):
-                trace = recall.sample().select("trace")
+                trace = recall.sample()
                 a2c.step(recall.recall_loss(trace))
                 traces[1:] = [(steps[-1] + data.numel(), *drawable(trace))]
         steps.append(steps[-1] + data.numel())

@@ -12,13 +12,17 @@ from torchrl_recall.envs.exact import (
     trajectory_log_probability,
     transition_probability,
 )
+from torchrl_recall.envs.exact_model import exact_backtrack_model
 from torchrl_recall.envs.four_rooms import FourRoomsEnv
+from torchrl_recall.envs.point_maze import PointMazeEnv
 
 __all__ = [
     "BacktrackKernel",
     "FourRoomsEnv",
     "KernelDivergence",
+    "PointMazeEnv",
     "backtrack_kernel",
+    "exact_backtrack_model",
     "expected_visits",
     "forward_log_probability",
     "kernel_divergence",

@@ -6,7 +6,6 @@ every maze of the batch steps in the same few tensor operations.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -14,9 +13,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Categorical, Composite, MultiCategorical, Unbounded
-from torchrl.envs import EnvBase
 
 from torchrl_recall.checks import check_at_least_one, check_real
+from torchrl_recall.envs.seeded import SeededEnv
 
 Start = Literal["fixed", "room", "any"]
 
@@ -24,7 +23,7 @@ Start = Literal["fixed", "room", "any"]
 _MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1))
 
 
-class FourRoomsEnv(EnvBase):
+class FourRoomsEnv(SeededEnv):
     """Walk from one corner room to the opposite corner of a maze of four rooms.
 
     A ``size`` by ``size`` grid with an outer wall and walls along its middle row and column, each
@@ -64,6 +63,8 @@ class FourRoomsEnv(EnvBase):
         #####
     """
 
+    _stream = "FourRoomsEnv"
+
     def __init__(
         self,
         size: int = 15,
@@ -90,8 +91,7 @@ class FourRoomsEnv(EnvBase):
         start_cells = torch.full(self.batch_size, size + 1, device=self.device)
         self.register_buffer("_cell", start_cells)
         self.register_buffer("_count", torch.zeros_like(start_cells))
-        self._generator = torch.Generator(self.device)
-        self._set_seed(seed)
+        self._make_generator(seed)
 
     @property
     def delta_support(self) -> Tensor:
@@ -103,23 +103,6 @@ class FourRoomsEnv(EnvBase):
         rows = [["#" if wall else " " for wall in row] for row in self.walls.tolist()]
         rows[1][1], rows[-2][-2] = "S", "G"
         return "\n".join("".join(row) for row in rows)
-
-    def to(self, device: torch.device | str | int) -> FourRoomsEnv:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Move the mazes; on another kind of device the random stream is another one."""
-        super().to(device)
-        old = self._generator
-        if old.device != self.device:
-            seed = int(torch.randint(2**62, (), generator=old, device=old.device))
-            self._generator = torch.Generator(self.device).manual_seed(seed)
-        return self
-
-    def get_extra_state(self) -> Tensor:
-        """State of the random generator, for the state dict."""
-        return self._generator.get_state()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore the random generator from the state dict."""
-        self._generator.set_state(state.cpu())
 
     def _make_tables(self) -> None:
         """Lay out the maze and tabulate where each (cell, action) leads and what it pays."""
@@ -194,14 +177,6 @@ class FourRoomsEnv(EnvBase):
             shape=batch,
             device=device,
         )
-
-    def _set_seed(self, seed: int | None) -> None:
-        if seed is None:
-            seed = int(torch.randint(2**62, (), device="cpu"))
-        # Not the seed itself: with ``torch.manual_seed(seed)`` it would give policy and environment
-        # the same numbers. (torch's CPU generator uses 32 bits of a seed.)
-        digest = hashlib.sha256(f"FourRoomsEnv {seed}".encode()).digest()
-        self._generator.manual_seed(int.from_bytes(digest[:4], "big"))
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
         old = self._cell

@@ -13,6 +13,7 @@ from torchrl_recall.checks import check_at_least_one, check_device
 from torchrl_recall.heads import CategoricalHead
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.traces.backends import Backend, walk
+from torchrl_recall.traces.candidates import Support, walk_inside
 from torchrl_recall.traces.columns import BadStart, Columns
 from torchrl_recall.traces.noise import TraceNoise
 from torchrl_recall.traces.request import PRECISIONS, Precision, Request
@@ -29,6 +30,8 @@ def sample_traces(
     noise: TraceNoise | None = None,
     backend: Backend = "auto",
     precision: Precision = "float32",
+    support: Support | None = None,
+    num_candidates: int = 4,
 ) -> TensorDict:
     """Sample recall traces: walk backwards from states, and return the walks as ordinary rollouts.
 
@@ -55,20 +58,24 @@ def sample_traces(
         precision (str): least precision of the networks' products: ``"bfloat16"`` (native, where
             the processor multiplies it, about 1 % of error), ``"tf32x3"`` (nearly float32),
             ``"tf32"`` and ``"float16"`` (triton). A backend without it stays with the model's.
+        support (callable, optional): keeps traces inside the data: from flat states ``[n, size]``
+            to ``[n]`` bool, such as `torchrl_recall.support.DataSupport`. At each step the first of
+            ``num_candidates`` predecessors that is inside is taken; where none is the trace ends.
+        num_candidates (int): predecessors drawn for each step, with ``support``.
 
     Returns:
         TensorDict: batch ``[*B, T]`` (``[*B, N, T]`` with ``num_traces``), oldest step first, the
         last step leading into ``next_observation``: the observation keys, the action,
         ``("next", observation)``, ``"action_log_prob"`` and ``"delta_log_prob"`` of the model, and
         ``("collector", "mask")``: bool, True = keep. A stop masks all earlier steps; masked steps
-        hold finite values.
+        hold finite values. The log-probabilities are the model's, whatever the ``support``.
 
     Raises:
         KeyError: an observation key is missing.
         TypeError: an argument of the wrong type.
         ValueError: empty or non-finite observations (on a GPU these give masked traces of zeros, as
-            asking would wait for it), wrong shapes, dtypes or devices, lengths below 1, or a forced
-            backend that cannot run the model.
+            asking would wait for it), wrong shapes, dtypes or devices, lengths below 1, ``noise``
+            beside ``support``, or a forced backend that cannot run the model.
 
     Source: Goyal et al., *Recall Traces*, ICLR 2019, https://arxiv.org/abs/1804.00379.
 
@@ -102,13 +109,25 @@ def sample_traces(
     rows = start if len(batch) == 1 else start.reshape(-1, size)
     repeats = 1 if num_traces is None else num_traces
     added = (num_steps,) if num_traces is None else (num_traces, num_steps)
+    if support is not None:
+        num_candidates = check_at_least_one("num_candidates", num_candidates)
+        if not callable(support):
+            raise TypeError(f"support must be callable, got {type(support).__name__}.")
+        if noise is not None:
+            raise ValueError(
+                "noise is for one predecessor a step, so it cannot be given beside support; pass a "
+                "generator."
+            )
     if noise is not None:
         _check_noise(model, noise, num_steps, len(rows) * repeats)
     # States of a Gaussian walk come back by rounding only, so there is nothing to compare.
     last_visit = bool(last_visit) and isinstance(model._modules["delta_head"], CategoricalHead)
     request = Request(model, rows, repeats, num_steps, generator, noise, last_visit, precision)
     try:
-        columns = walk(request, backend)
+        if support is None:
+            columns = walk(request, backend)
+        else:
+            columns = walk_inside(request, backend, support, num_candidates)
     except BadStart:
         # Looks again, to say what is wrong.
         codec.flatten(next_observation, "next_observation")

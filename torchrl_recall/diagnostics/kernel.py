@@ -1,4 +1,4 @@
-"""What a user looks at to trust a model: what it has learned, in a form that can be compared.
+"""What a model of a maze has learned, as a table that can be compared with the exact one.
 
 Beside the data's way: `BacktrackModel` -> `tabular_kernel` -> ``envs.exact.kernel_divergence``.
 """
@@ -18,6 +18,8 @@ def tabular_kernel(model: BacktrackModel, env: FourRoomsEnv) -> tuple[Tensor, Te
     """Tabulate what a model has learned of a maze.
 
     A state is the cell ``row * size + column``, walls included, S = size² of them, A = 4 actions.
+    Of an ensemble it is the mixture of its members, which is how it walks if a member is drawn for
+    each step.
 
     Args:
         model (BacktrackModel): a model of the maze's observations and actions.
@@ -48,8 +50,21 @@ def tabular_kernel(model: BacktrackModel, env: FourRoomsEnv) -> tuple[Tensor, Te
         True
     """
     _check_maze_model(model, env)
+    if model.num_members > 1:
+        return _mixture([tabular_kernel(model.member(i), env) for i in range(model.num_members)])
     num_states = env.size**2
     states = model.observation.from_joint_index(torch.arange(num_states, device=model.device))
+    kernels = [_member_kernel(model.member(i), states) for i in range(model.num_members)]
+    if len(kernels) == 1:
+        return kernels[0]
+    stop = torch.stack([one for one, _ in kernels])
+    joint = torch.stack([(1 - one)[:, None, None] * steps for one, steps in kernels])
+    goes_on = (1 - stop).mean(0)[:, None, None]
+    return stop.mean(0), torch.where(goes_on > 0, joint.mean(0) / goes_on, 0.0)
+
+
+def _member_kernel(model: BacktrackModel, states: Tensor) -> tuple[Tensor, Tensor]:
+    num_states = len(states)
     stop = torch.zeros(num_states, dtype=torch.float64, device=model.device)
     if model.has_stop:
         stop = torch.sigmoid(model.stop_logit(states).double())
@@ -62,6 +77,13 @@ def tabular_kernel(model: BacktrackModel, env: FourRoomsEnv) -> tuple[Tensor, Te
         parameters = parameters.expand(-1, num_states, -1)
         predecessor.append(model.delta_head.predecessor_log_prob(parameters, before, after).exp())
     return stop, action.unsqueeze(-1) * torch.stack(predecessor, 1)
+
+
+def _mixture(kernels: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the kernel of the uniform mixture of members."""
+    stop = torch.stack([stop for stop, _ in kernels]).mean(0)
+    joint = torch.stack([(1 - stop)[:, None, None] * before for stop, before in kernels]).mean(0)
+    return stop, joint / (1 - stop).clamp_min(torch.finfo(stop.dtype).tiny)[:, None, None]
 
 
 def _check_maze_model(model: BacktrackModel, env: FourRoomsEnv) -> None:
