@@ -148,7 +148,7 @@ def two_doors(num_rows, seed):
 @pytest.fixture(scope="module")
 def fitted():
     """Models of one and of two components, fitted to the doors."""
-    models, data = {}, two_doors(2000, 0)
+    models, data = {}, two_doors(1000, 0)
     for num_components in (1, 2):
         torch.manual_seed(1)
         models[num_components] = BacktrackModel(
@@ -156,8 +156,8 @@ def fitted():
         )
         loss = BacktrackLoss(models[num_components])
         optimizer = torch.optim.Adam(loss.parameters(), lr=2e-2)
-        for step in range(300):
-            if step == 200:
+        for step in range(200):
+            if step == 130:
                 optimizer.param_groups[0]["lr"] = 2e-3
             optimizer.zero_grad()
             loss(data)["loss_backtrack"].backward()
