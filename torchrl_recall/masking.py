@@ -74,10 +74,7 @@ def blank_rows(
     observation = codec.restore(torch.zeros_like(codec.low))
     blanks = {key: observation[name] for key, name in zip(observation_keys, cycle(codec.keys))}
     if action_key is not None:
-        zero = codec.unit.new_zeros(action.head.size)
-        blanks[action_key] = action.restore(
-            zero if action.format == "continuous" else zero[0].long()
-        )
+        blanks[action_key] = action.restore(action.blank(codec.unit))
     data = data.copy()
     for key, blank in blanks.items():
         value = data.get(key, default=None)

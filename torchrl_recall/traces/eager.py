@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, pad
 from torchrl.modules import MLP
 
+from torchrl_recall.factors import FactoredHead
 from torchrl_recall.heads import CategoricalHead, NormalHead, TanhNormalHead
 from torchrl_recall.mixture import MixtureDelta
 from torchrl_recall.model import BacktrackModel
@@ -22,6 +23,7 @@ from torchrl_recall.networks import NETWORKS
 from torchrl_recall.traces.eager_heads import (
     ClassActions,
     ClassDeltas,
+    FactorActions,
     MixtureDeltas,
     NormalActions,
     NormalDeltas,
@@ -203,6 +205,7 @@ _ACTIONS: dict[type[nn.Module], type[Any]] = {
     TanhNormalHead: NormalActions,
     UniformHead: UniformActions,
     CategoricalHead: ClassActions,
+    FactoredHead: FactorActions,
 }
 _DELTAS: dict[type[nn.Module], type[Any]] = {
     NormalHead: NormalDeltas,

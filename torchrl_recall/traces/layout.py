@@ -54,6 +54,8 @@ def unsupported(model: BacktrackModel) -> str | None:
         return "the change of state is a mixture of Gaussians"
     if model.action.is_uniform:
         return "the actions are uniform"
+    if not isinstance(model.action.head, CategoricalHead | GaussianHead):
+        return "the actions are several choices at once"
     reason = eager.unsupported(model)
     if reason is not None:
         return reason
