@@ -34,7 +34,7 @@ def model_arguments(
 
     Raises:
         TypeError: not an environment.
-        ValueError: the observation or the action cannot be chosen without being named.
+        ValueError: the observation cannot be chosen without being named.
         KeyError: an observation key that the environment does not have.
     """
     if not isinstance(env, EnvBase):
@@ -56,17 +56,14 @@ def model_arguments(
     missing = [key for key in observation_keys if key not in leaves]
     if missing:
         raise KeyError(f"observation_keys {missing} are not in the environment's {leaves}.")
-    if len(env.action_keys) != 1:
-        raise ValueError(f"env must have one action, got the action keys {env.action_keys}.")
-    action_key = env.action_keys[0]
+    actions: Any = {key: env.full_action_spec_unbatched[key] for key in env.action_keys}
     if delta_support is None:
         delta_support = _delta_support(env)
     return {
         "observation": {key: specs[key] for key in observation_keys},
-        "action": env.full_action_spec_unbatched[action_key],
+        "action": actions,
         "delta_support": delta_support,
         "stop": is_init_key in leaves if stop is None else stop,
-        "action_key": action_key,
         "is_init_key": is_init_key,
         "device": env.device if device is None else device,
     }

@@ -7,7 +7,7 @@ inside the model they are one row of class indices, a factor each.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +162,7 @@ class Choices:
         return index.reshape(batch + self.shape).to(self.dtype)
 
 
-def are_several(spec: object) -> bool:
+def are_several(spec: object) -> TypeGuard[TensorSpec]:
     """Return whether a spec is one of several choices at once."""
     if isinstance(spec, MultiCategorical | MultiOneHot | Binary):
         return True

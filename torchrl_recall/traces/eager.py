@@ -17,6 +17,7 @@ from torchrl.modules import MLP
 
 from torchrl_recall.factors import FactoredHead
 from torchrl_recall.heads import CategoricalHead, NormalHead, TanhNormalHead
+from torchrl_recall.joint_action import JointHead
 from torchrl_recall.mixture import MixtureDelta
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.networks import NETWORKS
@@ -50,6 +51,8 @@ def is_changed(module: nn.Module) -> bool:
 
 def unsupported(model: BacktrackModel) -> str | None:
     """Say why this backend cannot run a model, or None if it can."""
+    if isinstance(model.action.head, JointHead):
+        return "the action has several keys"
     if is_changed(model.observation):
         return "the observation has hooks or a forward of its own"
     for name in NETWORKS:
