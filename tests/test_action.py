@@ -5,15 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import (
-    Binary,
-    Bounded,
-    Categorical,
-    MultiCategorical,
-    MultiOneHot,
-    OneHot,
-    Unbounded,
-)
+from torchrl.data import Bounded, Categorical, OneHot, Unbounded
 
 from torchrl_recall.action import ActionCodec
 from torchrl_recall.heads import CategoricalHead, NormalHead, TanhNormalHead
@@ -144,10 +136,6 @@ def test_refuses_a_missing_key():
 @pytest.mark.parametrize(
     ("action", "error", "message"),
     [
-        (MultiCategorical([2, 3]), TypeError, "action is a MultiCategorical"),
-        (MultiOneHot([2, 3]), TypeError, "action is a MultiOneHot"),
-        (Binary(3), TypeError, "action is a Binary"),
-        (Categorical(3, shape=(2,)), TypeError, "action is 2 categorical choices"),
         (Unbounded((2,), dtype=torch.int64), TypeError, "action is a Unbounded"),
         (Bounded(0, 3, (2,), dtype=torch.int64), TypeError, "action is a Bounded"),
         (2.0, TypeError, "action is a float"),

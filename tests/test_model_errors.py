@@ -10,7 +10,7 @@ from model_data import random_transitions
 from torchrl.data import (
     Categorical as CategoricalSpec,
 )
-from torchrl.data import Composite, MultiCategorical
+from torchrl.data import Composite, MultiCategorical, NonTensor
 
 from torchrl_recall import BacktrackModel
 from torchrl_recall.envs import FourRoomsEnv
@@ -21,7 +21,8 @@ from torchrl_recall.envs import FourRoomsEnv
     [
         ({"observation": 0}, ValueError, r"observation\['observation'\] must be at least 1"),
         ({"observation": "x"}, TypeError, "observation 'observation' is a str"),
-        ({"action": MultiCategorical([2, 2])}, TypeError, "action is a MultiCategorical"),
+        ({"action": NonTensor()}, TypeError, "action is a NonTensor"),
+        ({"action": {}}, ValueError, "action must name at least one key"),
         ({"num_cells": (0,)}, ValueError, "num_cells must be at least 1"),
         ({"num_cells": (1.5,)}, TypeError, "num_cells must be an int"),
         ({"observation_keys": ["a", "b"]}, ValueError, "observation_keys are"),

@@ -50,3 +50,12 @@ def make_buffer(cls, transform, *, storage=LazyTensorStorage, **kwargs):
     rb = cls(storage=storage(SIZE), transform=transform, batch_size=8, **kwargs)
     rb.extend(transitions(SIZE))
     return rb
+
+
+def check_traces(data):
+    """Traces of the right shape, each a chain that ends in its own row's next state."""
+    trace = data["trace"]
+    assert trace.shape == (*data.shape, T)
+    following = trace["next", "observation"]
+    assert same(following[..., -1, :], data["next", "observation"])
+    assert same(following[..., :-1, :], trace["observation"][..., 1:, :])

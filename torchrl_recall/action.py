@@ -7,18 +7,10 @@ from numbers import Integral
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
-from torchrl.data.tensor_specs import (
-    Binary,
-    Bounded,
-    Categorical,
-    MultiCategorical,
-    MultiOneHot,
-    OneHot,
-    TensorSpec,
-    Unbounded,
-)
+from torchrl.data.tensor_specs import Bounded, Categorical, OneHot, TensorSpec, Unbounded
 
 from torchrl_recall.checks import check_at_least_one, check_device, check_finite, is_one_hot
+from torchrl_recall.factors import Choices, FactoredHead, are_several
 from torchrl_recall.heads import CategoricalHead, NormalHead, TanhNormalHead
 from torchrl_recall.observation import sorted_keys
 from torchrl_recall.uniform import UniformHead
@@ -56,16 +48,14 @@ class ActionCodec(nn.Module):
             )
         self.shape = torch.Size(getattr(action, "shape", ()))
         self.spec_dtype = getattr(action, "dtype", dtype)
-        several = isinstance(action, MultiCategorical | MultiOneHot | Binary)
-        if isinstance(action, Categorical | OneHot) and not several:
+        if are_several(action):
+            self.format = "factors"
+            self.choices = Choices(action)
+            self.head = FactoredHead(self.choices.cardinality, device=device)
+        elif isinstance(action, Categorical | OneHot):
             self.format = "one_hot" if isinstance(action, OneHot) else "categorical"
             if self.format == "one_hot":
                 self.shape = self.shape[-1:]
-            elif self.shape.numel() != 1:
-                raise TypeError(
-                    f"action is {self.shape.numel()} categorical choices, expected one; several "
-                    "choices at once are not supported."
-                )
             self.head = CategoricalHead(int(action.space.n))
         elif isinstance(action, Bounded | Unbounded) and action.dtype.is_floating_point:
             self.format = "continuous"
@@ -76,8 +66,8 @@ class ActionCodec(nn.Module):
         else:
             raise TypeError(
                 f"action is a {type(action).__name__} of {getattr(action, 'dtype', 'no dtype')}, "
-                "expected a size (int), a floating-point Bounded or Unbounded spec, or a single "
-                "Categorical or OneHot."
+                "expected a size (int), a floating-point Bounded or Unbounded spec, or one of "
+                "classes: Categorical, OneHot, MultiCategorical, MultiOneHot or Binary."
             )
 
     def read(
@@ -89,6 +79,8 @@ class ActionCodec(nn.Module):
         require_finite: bool = True,
     ) -> Tensor:
         """Read the action of ``data`` as ``[*B, A]`` (continuous) or ``[*B]`` indices.
+
+        Several choices at once are ``[*B, n]`` indices.
 
         Args:
             data (TensorDictBase): holds the action, with any batch shape ``*B``.
@@ -122,6 +114,8 @@ class ActionCodec(nn.Module):
                 check_finite(repr(key), value)
             # MuJoCo environments: float64 observations beside float32 actions.
             return value.reshape(*data.shape, self.head.size).to(self.head_dtype)
+        if self.format == "factors":
+            return self.choices.read(value, repr(key), data.shape)
         checked = not torch.compiler.is_compiling()
         n = self.head.output_size
         if self.format == "one_hot":
@@ -149,7 +143,7 @@ class ActionCodec(nn.Module):
         """Turn flat actions back into the spec's shape and dtype.
 
         Args:
-            action (Tensor): ``[*B, A]`` or ``[*B]`` indices.
+            action (Tensor): ``[*B, A]``, or ``[*B]`` or ``[*B, n]`` indices.
 
         Returns:
             Tensor: ``[*B, *action shape]``.
@@ -157,12 +151,20 @@ class ActionCodec(nn.Module):
         if self.format == "continuous":
             flat = len(self.shape) == 1
             return action if flat else action.reshape(action.shape[:-1] + self.shape)
+        if self.format == "factors":
+            return self.choices.restore(action)
         if self.format == "one_hot":
             one_hot = nn.functional.one_hot(action, self.head.output_size)
             return one_hot.to(self.spec_dtype)
         if self.shape:
             action = action.reshape(action.shape + self.shape)
         return action if action.dtype == self.spec_dtype else action.to(self.spec_dtype)
+
+    def blank(self, unit: Tensor) -> Tensor:
+        """Return a flat action that is valid, of no batch, in the dtype and device of ``unit``."""
+        if self.format == "continuous":
+            return unit.new_zeros(self.head.size)
+        return unit.new_zeros([self.head.size] if self.format == "factors" else []).long()
 
     def update_normalization(self, action: Tensor, mask: Tensor | None = None) -> None:
         """Merge real actions into the statistics of an unbounded head.

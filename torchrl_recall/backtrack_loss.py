@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.checks import check_real
-from torchrl_recall.heads import TanhNormalHead
+from torchrl_recall.joint_action import as_keys, samples_entropy
 from torchrl_recall.masking import (
     Reduction,
     blank_rows,
@@ -90,12 +90,12 @@ class BacktrackLoss(LossModule):
 
         Attributes:
             observation (NestedKey or list of NestedKey): the observations, without ``"next"``.
-            action (NestedKey): the action.
+            action (NestedKey or list of NestedKey): the action, or its parts.
             is_init (NestedKey): mark of an episode's first step.
         """
 
         observation: NestedKey | list[NestedKey] = "observation"
-        action: NestedKey = "action"
+        action: NestedKey | list[NestedKey] = "action"
         is_init: NestedKey = "is_init"
 
     default_keys = _AcceptedKeys
@@ -131,9 +131,7 @@ class BacktrackLoss(LossModule):
         if self.bootstrap and model.num_members == 1:
             raise ValueError("bootstrap is for ensembles, but the model has one member.")
         # Whether the entropy has no closed form.
-        self.samples = bool(
-            self.action_entropy_coeff and isinstance(model.action.head, TanhNormalHead)
-        )
+        self.samples = bool(self.action_entropy_coeff and samples_entropy(model.action.head))
         if self.bootstrap or self.samples:
             self.random = RandomSource(generator)
         # ``set_keys(name=None)`` goes back to these.
@@ -158,7 +156,10 @@ class BacktrackLoss(LossModule):
             raise ValueError(f"observation must name {expected} keys, got {keys}.")
         following = [unravel_key(("next", key)) for key in keys]
         stop = [self.tensor_keys.is_init] if self.model.has_stop else []
-        self.in_keys: Any = [*keys, self.tensor_keys.action, *following, *stop]
+        actions = as_keys(self.tensor_keys.action)
+        if len(actions) != len(as_keys(self.model.action_key)):
+            raise ValueError(f"action must stand for {self.model.action_key}, got {actions}.")
+        self.in_keys: Any = [*keys, *actions, *following, *stop]
 
     @property
     def _observation_keys(self) -> list[NestedKey]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tensordict import NestedKey, unravel_key
 from torch import Tensor
-from torchrl.envs import EnvBase
+from torchrl.envs import AsyncEnvPool, EnvBase, ParallelEnv, SerialEnv, TransformedEnv
 
 
 def model_arguments(
@@ -34,7 +34,7 @@ def model_arguments(
 
     Raises:
         TypeError: not an environment.
-        ValueError: the observation or the action cannot be chosen without being named.
+        ValueError: the observation cannot be chosen without being named.
         KeyError: an observation key that the environment does not have.
     """
     if not isinstance(env, EnvBase):
@@ -56,17 +56,34 @@ def model_arguments(
     missing = [key for key in observation_keys if key not in leaves]
     if missing:
         raise KeyError(f"observation_keys {missing} are not in the environment's {leaves}.")
-    if len(env.action_keys) != 1:
-        raise ValueError(f"env must have one action, got the action keys {env.action_keys}.")
-    action_key = env.action_keys[0]
+    actions: Any = {key: env.full_action_spec_unbatched[key] for key in env.action_keys}
     if delta_support is None:
-        delta_support = getattr(env, "delta_support", None)
+        delta_support = _delta_support(env)
     return {
         "observation": {key: specs[key] for key in observation_keys},
-        "action": env.full_action_spec_unbatched[action_key],
+        "action": actions,
         "delta_support": delta_support,
         "stop": is_init_key in leaves if stop is None else stop,
-        "action_key": action_key,
         "is_init_key": is_init_key,
         "device": env.device if device is None else device,
     }
+
+
+def _delta_support(env: EnvBase) -> Any:
+    """Return the environment's own ``delta_support``, a batched one's first worker's, or None."""
+    base: Any = env
+    while isinstance(base, TransformedEnv):
+        base = base.base_env
+    if isinstance(base, SerialEnv | ParallelEnv):
+        # Workers are not asked: one without the attribute would end.
+        maker, options = base.create_env_fn[0], base.create_env_kwargs[0]
+    elif isinstance(base, AsyncEnvPool):
+        maker, options = base.env_makers[0], base.create_env_kwargs[0]
+    else:
+        return getattr(env, "delta_support", None)
+    if isinstance(maker, EnvBase):
+        return _delta_support(maker)
+    one = maker(**options)
+    support = _delta_support(one)
+    one.close(raise_if_closed=False)
+    return support

@@ -26,7 +26,8 @@ class ImitationKeys:
 
     Attributes:
         trace (NestedKey): the traces, a nested TensorDict.
-        action (NestedKey): the action, inside the trace.
+        action (NestedKey or list of NestedKey): the action, inside the trace; of several parts,
+            their nested TensorDict or their keys.
         value (NestedKey, optional): in the batch, the value that the traces lead to. None: the
             critic says.
         trace_reward (NestedKey): inside the trace, rewards if there are any.

@@ -28,6 +28,7 @@ from torchrl_recall.imitation_distance import (
     value_distance,
 )
 from torchrl_recall.imitation_weights import ImitationKeys, ImitationWeight
+from torchrl_recall.joint_action import as_keys
 from torchrl_recall.masking import (
     Reduction,
     check_reduction,
@@ -37,6 +38,7 @@ from torchrl_recall.masking import (
 )
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.observation import sorted_keys
+from torchrl_recall.policy_log_prob import action_leaves, policy_in_keys, policy_log_prob
 
 
 class RecallTraceLoss(LossModule):
@@ -179,7 +181,7 @@ class RecallTraceLoss(LossModule):
     def _set_in_keys(self) -> None:
         """Follow ``set_keys``, which calls this."""
         keys = self.tensor_keys
-        names = [*self.actor_network.in_keys, keys.action]
+        names = [*policy_in_keys(self.actor_network), *as_keys(keys.action)]
         weighing = getattr(self.weight, "in_keys", None)
         fitted = [] if self.backtrack is None else self.backtrack.in_keys
         self.in_keys: Any = list(
@@ -251,34 +253,26 @@ class RecallTraceLoss(LossModule):
                 kept.shape
             )
         action_key = self.tensor_keys.action
-        cleaned = filled_entries(trace, [*self.actor_network.in_keys, action_key], kept)
-        action = cleaned.get(action_key)
-        inputs = cleaned.select(*self.actor_network.in_keys)
+        action_keys = action_leaves(trace, action_key)
+        in_keys = policy_in_keys(self.actor_network)
+        cleaned = filled_entries(trace, [*in_keys, *action_keys], kept)
+        inputs = cleaned.select(*in_keys)
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
-            actor = self.actor_network
-            if self.loss_function in OF_VALUES:
-                key = self.tensor_keys.action_value
-                values = chosen_action(actor(inputs), key, actor.out_keys)
-                return value_distance(self.loss_function, values, action, self.margin)
             if self.loss_function is not None:
+                if len(action_keys) > 1:
+                    raise ValueError(f"loss_function is of one action, got {action_keys}.")
+                (action_key,), actor = action_keys, self.actor_network
+                action = cleaned.get(action_key)
+                if self.loss_function in OF_VALUES:
+                    value_key = self.tensor_keys.action_value
+                    values = chosen_action(actor(inputs), value_key, actor.out_keys)
+                    return value_distance(self.loss_function, values, action, self.margin)
                 chosen = chosen_action(actor(inputs), action_key, actor.out_keys)
                 batch = kept.shape if trace.ndim else None
                 return action_distance(self.loss_function, chosen, action, self.half_range, batch)
             distribution = self.actor_network.get_dist(inputs)
-            # A narrower action would broadcast. (TorchRL's one-hot distributions state no event.)
-            event = getattr(distribution, "event_shape", torch.Size())
-            if event and action.shape[-len(event) :] != event:
-                raise ValueError(
-                    f"trace {action_key!r} has shape {tuple(action.shape)}, but the "
-                    f"actor's distribution is over actions of shape {tuple(event)}."
-                )
-            log_prob = distribution.log_prob(action)
-        if log_prob.shape != kept.shape and trace.ndim > 0:
-            raise ValueError(
-                f"the actor's log_prob has shape {tuple(log_prob.shape)}, expected one for each "
-                f"step, {tuple(kept.shape)}; its distribution should reduce the action."
-            )
-        return -log_prob
+            batch = kept.shape if trace.ndim else None
+            return -policy_log_prob(distribution, cleaned, action_keys, batch)
 
     def _step_weight(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.checks import check_finite
+from torchrl_recall.joint_action import as_keys
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.observation import sorted_keys
 
@@ -53,7 +54,7 @@ def blank_rows(
     kept: Tensor,
     model: BacktrackModel,
     observation_keys: Iterable[NestedKey],
-    action_key: NestedKey | None = None,
+    action_key: NestedKey | list[NestedKey] | None = None,
 ) -> TensorDictBase:
     """Put valid values where rows do not count, so that the model's checks pass them over.
 
@@ -65,7 +66,7 @@ def blank_rows(
         model (BacktrackModel): says what is valid.
         observation_keys (iterable of NestedKey): where the model's observations are, in their
             order; once or several times over.
-        action_key (NestedKey, optional): where the action is.
+        action_key (NestedKey or list, optional): where the action is, or its parts.
 
     Returns:
         TensorDictBase: a shallow copy.
@@ -74,10 +75,9 @@ def blank_rows(
     observation = codec.restore(torch.zeros_like(codec.low))
     blanks = {key: observation[name] for key, name in zip(observation_keys, cycle(codec.keys))}
     if action_key is not None:
-        zero = codec.unit.new_zeros(action.head.size)
-        blanks[action_key] = action.restore(
-            zero if action.format == "continuous" else zero[0].long()
-        )
+        blank = action.restore(action.blank(codec.unit))
+        parts = blank if isinstance(blank, list) else [blank]
+        blanks.update(zip(as_keys(action_key), parts, strict=True))
     data = data.copy()
     for key, blank in blanks.items():
         value = data.get(key, default=None)

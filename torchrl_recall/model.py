@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import EnvBase
 
-from torchrl_recall.action import ActionCodec
 from torchrl_recall.checks import check_at_least_one, check_choice, check_interval
 from torchrl_recall.delta_head import build_delta_head
 from torchrl_recall.ensemble import Ensemble, mixed_terms
 from torchrl_recall.environment_specs import model_arguments
+from torchrl_recall.joint_action import as_keys, build_action
 from torchrl_recall.networks import add_networks, choose_dtype, start_heads
 from torchrl_recall.observation import ObservationCodec, as_mapping
 
@@ -41,9 +41,10 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
     Args:
         observation (int, TensorSpec or mapping): size of a continuous observation, its spec, or a
             mapping (or ``Composite``) of several keys, concatenated in that order.
-        action (int or TensorSpec): size of a continuous action bounded to [-1, 1], or its spec.
-            Bounded specs get a tanh-squashed Gaussian, unbounded ones a Gaussian, ``Categorical``
-            and ``OneHot`` ones a categorical distribution.
+        action (int, TensorSpec or mapping): size of a continuous action bounded to [-1, 1], or its
+            spec. Bounded specs get a tanh-squashed Gaussian, unbounded ones a Gaussian, specs of
+            classes a categorical distribution, one for each of several choices (``MultiOneHot``,
+            ``Binary``, agents). A mapping (or ``Composite``) of several keys: each its own.
 
     Keyword Args:
         num_cells (sequence of int): width of each hidden layer of each network.
@@ -54,7 +55,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
             (TorchRL's ``InitTracker``).
         observation_keys (sequence of NestedKey, optional): order of the keys of a mapping, or the
             name of the single key. Defaults to ``["observation"]`` or the mapping's own keys.
-        action_key (NestedKey): name of the action.
+        action_key (NestedKey): name of the action; a mapping's are its own keys.
         is_init_key (NestedKey): name of the mark of an episode's first step.
         action_log_scale_range (pair of float): bounds of the log of the action's scale.
         delta_log_scale_range (pair of float): bounds of the log of Δ's scale, where 0 means the
@@ -99,7 +100,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
     def __init__(
         self,
         observation: int | TensorSpec | Mapping[NestedKey, int | TensorSpec],
-        action: int | TensorSpec,
+        action: int | TensorSpec | Mapping[NestedKey, int | TensorSpec],
         *,
         num_cells: Sequence[int] = (256, 256),
         activation_class: type[nn.Module] = nn.ReLU,
@@ -134,8 +135,9 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
 
         self.observation = ObservationCodec(observations, **factory)
-        self.action = ActionCodec(action, action_range, uniform=uniform, **factory)
-        self.action_key = unravel_key(action_key)
+        self.action, self.action_key = build_action(
+            action, action_key, action_range, uniform=uniform, **factory
+        )
         self.is_init_key = unravel_key(is_init_key)
         self.delta_head = build_delta_head(
             self.observation, delta_support, delta_range, factory, num_components
@@ -146,7 +148,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
         self.in_keys: Any = [
             *self.next_observation_keys,
             *self.observation_keys,
-            self.action_key,
+            *as_keys(self.action_key),
         ]
         self.out_keys: Any = [("backtrack", "action_log_prob"), ("backtrack", "delta_log_prob")]
         if stop:
@@ -189,7 +191,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
 
         Raises:
             TypeError: not an environment, or a spec of a kind that has no head.
-            ValueError: the observation or the action cannot be chosen without being named.
+            ValueError: the observation cannot be chosen without being named.
             KeyError: an observation key that the environment does not have.
 
         Examples:
@@ -334,7 +336,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
         data: TensorDictBase,
         *,
         observation_keys: Sequence[NestedKey] | None = None,
-        action_key: NestedKey | None = None,
+        action_key: NestedKey | list[NestedKey] | None = None,
         require_finite: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Read real transitions as flat tensors.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from torchrl_recall.portable_generator import carry_generator, unpack_generator
 
 
 class RandomSource(nn.Module):
@@ -50,3 +54,9 @@ class RandomSource(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the state of the generator."""
         self.generator.set_state(state.cpu())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return carry_generator(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(unpack_generator(state))

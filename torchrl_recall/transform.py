@@ -12,7 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict import (
+    LazyStackedTensorDict,
+    NestedKey,
+    TensorDict,
+    TensorDictBase,
+    unravel_key,
+)
 from torch import Tensor
 from torchrl.envs.transforms import Transform
 
@@ -20,6 +26,7 @@ from torchrl_recall.checks import check_at_least_one, check_device, check_real
 from torchrl_recall.masking import blank_rows, one_each
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.observation import sorted_keys
+from torchrl_recall.portable_generator import carry_generator, unpack_generator
 from torchrl_recall.starts import StartStates
 from torchrl_recall.trace_masks import TraceMask
 from torchrl_recall.traces import sample_traces
@@ -183,7 +190,7 @@ class BacktrackTransform(Transform):
             tensordict (TensorDictBase): sampled transitions, any batch shape ``*B``.
 
         Returns:
-            TensorDictBase: the same object with the traces.
+            TensorDictBase: the same object with the traces (a shallow copy of a lazy stack).
 
         Raises:
             KeyError: a key is missing, unless ``missing_tolerance`` is set.
@@ -198,6 +205,9 @@ class BacktrackTransform(Transform):
             )
         if tensordict.shape.numel() == 0:
             raise ValueError(f"the data is empty: batch size {tuple(tensordict.shape)}.")
+        if isinstance(tensordict, LazyStackedTensorDict):
+            # Its parts may be a storage's own rows, which must not come to hold traces.
+            tensordict = tensordict.copy()
         # Inside forward: grad mode is thread-local, and prefetch threads start with it on.
         with torch.no_grad():
             tensordict.set(self.out_keys[0], self._traces(tensordict))
@@ -287,6 +297,12 @@ class BacktrackTransform(Transform):
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the state of the generator."""
         self._generator().set_state(state.cpu())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return carry_generator(super().__getstate__())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(unpack_generator(state))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BacktrackTransform:
         _refuse_async_collector()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchrl_recall.factors import FactoredHead
 from torchrl_recall.heads import CategoricalHead
 from torchrl_recall.model import BacktrackModel
 
@@ -41,7 +42,7 @@ class Columns(NamedTuple):
     Attributes:
         state (Tensor): ``[n, T, size]`` flat states ``s_t``.
         next_state (Tensor): ``[n, T, size]`` flat states ``s_{t+1}``; the last one is the start.
-        action (Tensor): ``[n, T, A]`` or ``[n, T]`` indices.
+        action (Tensor): ``[n, T, A]`` numbers or indices, or ``[n, T]`` indices.
         action_log_prob (Tensor): ``[n, T]``.
         delta_log_prob (Tensor): ``[n, T]``.
         mask (Tensor): ``[n, T]`` bool, True = keep.
@@ -63,6 +64,7 @@ class Columns(NamedTuple):
             is_discrete=model.observation.is_discrete,
             action_size=None if isinstance(head, CategoricalHead) else head.size,
             dtype=model.dtype,
+            action_is_class=isinstance(head, FactoredHead),
         )
         return form.empty(num_rows, num_steps, model.device)
 
@@ -75,12 +77,14 @@ class Form(NamedTuple):
         is_discrete (bool): whether they are int64.
         action_size (int or None): numbers of an action; None for an index.
         dtype (torch.dtype): dtype of all that is no integer.
+        action_is_class (bool): whether an action's numbers are class indices.
     """
 
     state_size: int
     is_discrete: bool
     action_size: int | None
     dtype: torch.dtype = torch.float32
+    action_is_class: bool = False
 
     def empty(self, num_rows: int, num_steps: int, device: torch.device | str) -> Columns:
         """Return columns with memory but without values."""
@@ -90,10 +94,12 @@ class Form(NamedTuple):
 
         state_dtype = torch.int64 if self.is_discrete else self.dtype
         size = self.action_size
+        is_class = size is None or self.action_is_class
+        action_dtype = torch.int64 if is_class else self.dtype
         return Columns(
             state=column(state_dtype, self.state_size),
             next_state=column(state_dtype, self.state_size),
-            action=column(torch.int64) if size is None else column(self.dtype, size),
+            action=column(action_dtype) if size is None else column(action_dtype, size),
             action_log_prob=column(self.dtype),
             delta_log_prob=column(self.dtype),
             mask=column(torch.bool),

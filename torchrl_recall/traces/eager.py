@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, pad
 from torchrl.modules import MLP
 
+from torchrl_recall.factors import FactoredHead
 from torchrl_recall.heads import CategoricalHead, NormalHead, TanhNormalHead
+from torchrl_recall.joint_action import JointHead
 from torchrl_recall.mixture import MixtureDelta
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.networks import NETWORKS
 from torchrl_recall.traces.eager_heads import (
     ClassActions,
     ClassDeltas,
+    FactorActions,
     MixtureDeltas,
     NormalActions,
     NormalDeltas,
@@ -48,6 +51,8 @@ def is_changed(module: nn.Module) -> bool:
 
 def unsupported(model: BacktrackModel) -> str | None:
     """Say why this backend cannot run a model, or None if it can."""
+    if isinstance(model.action.head, JointHead):
+        return "the action has several keys"
     if is_changed(model.observation):
         return "the observation has hooks or a forward of its own"
     for name in NETWORKS:
@@ -203,6 +208,7 @@ _ACTIONS: dict[type[nn.Module], type[Any]] = {
     TanhNormalHead: NormalActions,
     UniformHead: UniformActions,
     CategoricalHead: ClassActions,
+    FactoredHead: FactorActions,
 }
 _DELTAS: dict[type[nn.Module], type[Any]] = {
     NormalHead: NormalDeltas,

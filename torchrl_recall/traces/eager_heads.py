@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import embedding_bag, softplus
 
 from torchrl_recall.heads import (
     TANH_LIMIT,
@@ -200,6 +200,29 @@ class ClassActions(_Classes):
     def step(self, t: int, delta_first: Tensor) -> None:
         """Sample, and add the action's share of the delta network's first layer."""
         delta_first.add_(self.weight[self.sample(t, self.parameters_at[t])])
+
+
+class FactorActions:
+    """Samples of several choices at once."""
+
+    def __init__(self, walk: Any, noise: Tensor) -> None:
+        self.head, self.weight = walk.action_head, walk.action_weight
+        self.noise_at = noise.unbind(0)
+        # Zeros are the logits of uniform factors, which no network writes.
+        self.parameters = noise.new_zeros(*noise.shape[:2], self.head.output_size)
+        self.parameters_at = self.parameters.unbind(0)
+        self.indices = torch.empty_like(noise, dtype=torch.int64)
+        self.index_at = self.indices.unbind(0)
+
+    def step(self, t: int, delta_first: Tensor) -> None:
+        """Sample, and add the actions' share of the delta network's first layer."""
+        index = sample_index(self.head.logits(self.parameters_at[t]), self.noise_at[t])
+        self.index_at[t].copy_(index)
+        delta_first.add_(embedding_bag(index + self.head.offsets, self.weight, mode="sum"))
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Return the class indices and their log-probabilities."""
+        return self.indices, self.head.log_prob(self.parameters, self.indices)
 
 
 class ClassDeltas(_Classes):

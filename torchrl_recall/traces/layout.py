@@ -51,6 +51,8 @@ _SETTINGS = (
 
 def unsupported(model: BacktrackModel) -> str | None:
     """Say why a model has no layout that the native library can run, or None if it has."""
+    if not isinstance(model.action.head, CategoricalHead | GaussianHead | UniformHead):
+        return "the actions are several choices at once"
     reason = eager.unsupported(model)
     if reason is not None:
         return reason

@@ -168,7 +168,11 @@ def _tensordict(model: BacktrackModel, columns: Columns, shape: torch.Size) -> T
         columns = Columns(*(column.reshape(*shape, *column.shape[2:]) for column in columns))
     following: dict[Any, Any] = codec.restore(columns.next_state)
     data: dict[Any, Any] = codec.restore(columns.state)
-    data[model.action_key] = action.restore(columns.action)
+    restored = action.restore(columns.action)
+    if isinstance(restored, list):
+        data.update(zip(model.action_key, restored, strict=True))
+    else:
+        data[model.action_key] = restored
     data["action_log_prob"] = columns.action_log_prob
     data["delta_log_prob"] = columns.delta_log_prob
     device = columns.mask.device

@@ -24,7 +24,7 @@ def unsupported(model: BacktrackModel) -> str | None:
     if not model.observation.is_discrete:
         return "the states of the model are continuous"
     if not isinstance(model.action.head, CategoricalHead):
-        return "the actions of the model are continuous"
+        return "the actions of the model are not one choice of classes"
     states, actions = model.observation.num_states, model.action.head.output_size
     size = states * (actions * (1 + model.delta_head.output_size) + 1)
     if size > MAX_TABLE:
