@@ -112,8 +112,7 @@ def sampler_call(rng):
     def check(a, out):
         """Weights are those of the definition, and draws have weight."""
         held = sampler.values[: len(buffer)]
-        options = {k: v for k, v in sampler.state_dict().items() if k in value_weights.__kwdefaults__}
-        expected = value_weights(held, sampler.mode, **options)
+        expected = value_weights(held, **sampler._parameters._asdict())
         if bool(held.isnan().all()):
             return
         weights = sampler.weights(len(buffer))

@@ -16,7 +16,7 @@ from torchrl.data.tensor_specs import TensorSpec
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
-from torchrl_recall.checks import check_finite, check_real
+from torchrl_recall.checks import check_finite, check_flag, check_real
 from torchrl_recall.imitation_distance import (
     Distance,
     action_distance,
@@ -153,7 +153,7 @@ class RecallTraceLoss(LossModule):
         # In __dict__: the weight's networks are not this loss's, even if it is a module.
         object.__setattr__(self, "weight", weight)
         self.discount = check_real("discount", discount, 0.0, 1.0)
-        self.normalize_weights = bool(normalize_weights)
+        self.normalize_weights = check_flag("normalize_weights", normalize_weights)
         fitted = [] if self.backtrack is None else self.backtrack.out_keys
         self.out_keys: list[NestedKey] = [
             "loss_imitation",
@@ -260,12 +260,15 @@ class RecallTraceLoss(LossModule):
                     f"trace {action_key!r} has shape {tuple(action.shape)}, but the "
                     f"actor's distribution is over actions of shape {tuple(event)}."
                 )
+            # TorchRL's one-hot distributions cannot read the dtype of its one-hot specs.
+            action = action.long() if action.dtype == torch.bool else action
             log_prob = distribution.log_prob(action)
         if log_prob.shape != kept.shape and trace.ndim > 0:
             raise ValueError(
                 f"the actor's log_prob has shape {tuple(log_prob.shape)}, expected one for each "
                 f"step, {tuple(kept.shape)}; its distribution should reduce the action."
             )
+        check_finite("the actor's log_prob at kept steps", log_prob.masked_fill(~kept, 0.0))
         return -log_prob
 
     def _step_weight(

@@ -17,7 +17,7 @@ from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import EnvBase
 
 from torchrl_recall.action import ActionCodec
-from torchrl_recall.checks import check_at_least_one, check_choice, check_interval
+from torchrl_recall.checks import check_at_least_one, check_choice, check_interval, check_key
 from torchrl_recall.delta_head import build_delta_head
 from torchrl_recall.ensemble import Ensemble, mixed_terms
 from torchrl_recall.environment_specs import model_arguments
@@ -135,8 +135,8 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
 
         self.observation = ObservationCodec(observations, **factory)
         self.action = ActionCodec(action, action_range, uniform=uniform, **factory)
-        self.action_key = unravel_key(action_key)
-        self.is_init_key = unravel_key(is_init_key)
+        self.action_key = check_key("action_key", action_key)
+        self.is_init_key = check_key("is_init_key", is_init_key)
         self.delta_head = build_delta_head(
             self.observation, delta_support, delta_range, factory, num_components
         )
