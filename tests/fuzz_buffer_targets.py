@@ -112,8 +112,7 @@ def sampler_call(rng):
     def check(a, out):
         """Weights are those of the definition, and draws have weight."""
         held = sampler.values[: len(buffer)]
-        options = {k: v for k, v in sampler.state_dict().items() if k in value_weights.__kwdefaults__}
-        expected = value_weights(held, sampler.mode, **options)
+        expected = value_weights(held, **sampler._parameters._asdict())
         if bool(held.isnan().all()):
             return
         weights = sampler.weights(len(buffer))
@@ -258,7 +257,7 @@ def hook(rng):
 
     def check(a, losses):
         extended = a.get("extend", True)
-        assert ("loss_imitation" in losses.keys()) == (bool(extended) and len(buffer) > 0)
+        assert ("loss_imitation" in losses) == (bool(extended) and len(buffer) > 0)
         assert all(bool(x.isfinite().all()) for x in losses.values())
 
     words = (*keys_of(arguments["batch"]), "trainer", "batch")

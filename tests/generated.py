@@ -58,7 +58,9 @@ def make_setup(rng, *, flat_action=False, stop=None):
     """
     dtype = rng.choice([torch.float32, torch.float32, torch.float64])
     kind = rng.choice(sorted(OBSERVATIONS))
-    action_kind = rng.choice([name for name in sorted(ACTIONS) if name != "matrix" or not flat_action])
+    action_kind = rng.choice(
+        [name for name in sorted(ACTIONS) if name != "matrix" or not flat_action]
+    )
     spec, support, names = OBSERVATIONS[kind](dtype), None, None
     if kind in ("lattice", "cells"):
         support = LATTICE.to(dtype) if kind == "lattice" else CELLS

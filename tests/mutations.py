@@ -87,7 +87,7 @@ def spoil_tensordict(data, rng):
     data = data.clone()
     way = rng.choice(["entry"] * 6 + ["drop", "empty", "extra", "meta", "float64", "mask"])
     if way == "empty":
-        return data[:0] if data.ndim else data
+        return data.contiguous()[:0] if data.ndim else data
     if way == "extra":
         return data.unsqueeze(rng.randrange(data.ndim + 1))
     if way == "meta":
@@ -124,7 +124,9 @@ def _put(data, key, value, ndim=0):
 
 def spoil_tensor(value, rng):
     """Change shape, dtype, device or numbers of a tensor."""
-    way = rng.choice(["shape", "shape", "dtype", "dtype", "nan", "huge", "meta", "negative", "view"])
+    way = rng.choice(
+        ["shape", "shape", "dtype", "dtype", "nan", "huge", "meta", "negative", "view"]
+    )
     if way == "shape":
         changes = [
             lambda x: x.unsqueeze(-1),
@@ -144,7 +146,9 @@ def spoil_tensor(value, rng):
     value = value.clone()
     if way == "view":
         wide = torch.stack([value, value], -1)
-        return rng.choice([wide[..., 0], value.requires_grad_() if value.is_floating_point() else value])
+        return rng.choice(
+            [wide[..., 0], value.requires_grad_() if value.is_floating_point() else value]
+        )
     if value.numel() and value.device.type != "meta":
         where = rng.randrange(value.numel()) if rng.random() < 0.7 else slice(None)
         flat = value.view(-1) if value.is_contiguous() else value.reshape(-1)
@@ -154,7 +158,9 @@ def spoil_tensor(value, rng):
             flat[where] = min(rng.choice(numbers.get(way, [-1.0, -0.0, 7.0])), extreme)
         elif value.dtype != torch.bool:
             info = torch.iinfo(value.dtype)
-            flat[where] = rng.choice({"huge": [info.max, info.min]}.get(way, [-1 if info.min else 1, 99]))
+            flat[where] = rng.choice(
+                {"huge": [info.max, info.min]}.get(way, [-1 if info.min else 1, 99])
+            )
         return flat.reshape(value.shape)
     return value
 
@@ -175,7 +181,9 @@ def _add(total, thing):
     elif isinstance(thing, torch.Tensor):
         total.update(f"{thing.dtype}{tuple(thing.shape)}{thing.device.type}".encode())
         if thing.device.type == "cpu":
-            total.update(thing.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            numbers = torch.empty(thing.numel(), dtype=thing.dtype)
+            numbers.copy_(thing.detach().reshape(-1))
+            total.update(numbers.view(torch.uint8).numpy().tobytes())
     elif isinstance(thing, nn.Module):
         _add(total, thing.state_dict())
     elif isinstance(thing, Mapping):

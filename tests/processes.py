@@ -14,6 +14,11 @@ def _read(pid, name):
         return b""
 
 
+def command_of(pid):
+    """What a process is called, with its arguments."""
+    return _read(pid, "cmdline").replace(b"\0", b" ").decode().strip()
+
+
 def marked(mark):
     """Pids of living processes that inherited ``mark``, ``NAME=value``, in their environment."""
     pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
@@ -24,7 +29,7 @@ def marked(mark):
 def ray_workers(name, session):
     """Pids of the workers of a Ray session whose class is called ``name``."""
     pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    called = [pid for pid in pids if _read(pid, "cmdline").startswith(f"ray::{name}".encode())]
+    called = [pid for pid in pids if command_of(pid).startswith(f"ray::{name}")]
     return [pid for pid in called if os.path.basename(session) in _open_files(pid)]
 
 

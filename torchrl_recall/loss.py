@@ -17,7 +17,7 @@ from torchrl.data.tensor_specs import TensorSpec
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
-from torchrl_recall.checks import check_finite, check_real
+from torchrl_recall.checks import check_finite, check_flag, check_real
 from torchrl_recall.imitation_distance import (
     OF_VALUES,
     Distance,
@@ -163,7 +163,7 @@ class RecallTraceLoss(LossModule):
         # In __dict__: the weight's networks are not this loss's, even if it is a module.
         object.__setattr__(self, "weight", weight)
         self.discount = check_real("discount", discount, 0.0, 1.0)
-        self.normalize_weights = bool(normalize_weights)
+        self.normalize_weights = check_flag("normalize_weights", normalize_weights)
         fitted = [] if self.backtrack is None else self.backtrack.out_keys
         self.out_keys: list[NestedKey] = [
             "loss_imitation",
@@ -272,7 +272,9 @@ class RecallTraceLoss(LossModule):
                 return action_distance(self.loss_function, chosen, action, self.half_range, batch)
             distribution = self.actor_network.get_dist(inputs)
             batch = kept.shape if trace.ndim else None
-            return -policy_log_prob(distribution, cleaned, action_keys, batch)
+            log_prob = policy_log_prob(distribution, cleaned, action_keys, batch)
+        check_finite("the actor's log_prob at kept steps", log_prob.masked_fill(~kept, 0.0))
+        return -log_prob
 
     def _step_weight(
         self,

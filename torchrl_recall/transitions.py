@@ -10,7 +10,7 @@ from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor, nn
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
-from torchrl_recall.masking import blank_rows, finite_rows, kept_rows
+from torchrl_recall.masking import blank_rows, kept_rows, rows_in_range
 from torchrl_recall.observation import sorted_keys
 
 # Rows looked at together: memory for a copy of so many, whatever the size of the storage.
@@ -102,12 +102,12 @@ def usable_rows(loss: BacktrackLoss, data: TensorDictBase, *, mask_nonfinite: bo
             action_key=action_key,
             require_finite=False,
         )
-        finite = finite_rows(kept, state, action, next_state)
+        finite = rows_in_range(kept, state, action, next_state)
         refused += int((kept & ~finite).sum())
         parts.append((kept & finite).cpu())
     if refused and not mask_nonfinite:
         raise ValueError(
-            f"{refused} of {len(data)} transitions have NaN or infinite entries in {loss.in_keys}, "
-            "expected finite ones; pass mask_nonfinite=True to leave them out."
+            f"{refused} of {len(data)} transitions have NaN, infinite or huge entries "
+            f"in {loss.in_keys}, expected finite ones; pass mask_nonfinite=True to leave them out."
         )
     return torch.cat(parts)
