@@ -341,7 +341,7 @@ def test_members_agree_on_data_and_disagree_away_from_it():
     )
     loss = BacktrackLoss(model)
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2)
-    for _ in range(300):
+    for _ in range(150):
         optimizer.zero_grad()
         loss(data)["loss_backtrack"].backward()
         optimizer.step()

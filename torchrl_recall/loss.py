@@ -19,11 +19,13 @@ from torchrl.objectives.common import LossModule
 from torchrl_recall.backtrack_loss import BacktrackLoss
 from torchrl_recall.checks import check_finite, check_real
 from torchrl_recall.imitation_distance import (
+    OF_VALUES,
     Distance,
     action_distance,
     check_distance,
     chosen_action,
     half_range,
+    value_distance,
 )
 from torchrl_recall.imitation_weights import ImitationKeys, ImitationWeight
 from torchrl_recall.masking import (
@@ -60,9 +62,12 @@ class RecallTraceLoss(LossModule):
         discount (float): factor ``discount^(T - 1 - t)`` of a step's weight, in [0, 1]: below 1
             what is nearer to the trace's end counts more.
         normalize_weights (bool): divide the weights by their mean over the kept steps.
-        loss_function (str, optional): ``"mse"``, ``"l1"`` or ``"smooth_l1"``: instead of ``-log π``
-            the distance of the actor's deterministic action from the trace's, mean over its
-            entries.
+        loss_function (str, optional): what to take instead of ``-log π``. ``"mse"``, ``"l1"`` or
+            ``"smooth_l1"``: the distance of the actor's deterministic action from the trace's, mean
+            over its entries. ``"margin"`` or ``"cross_entropy"``, for an actor that writes the
+            values of all actions (DQN): see `imitation_distance.value_distance`.
+        margin (float): by which the trace's action is to lead for ``"margin"``, at least 0, in the
+            unit of values.
         action_spec (TensorSpec, optional): with ``loss_function``: if bounded, distances are in
             units of half the action's range.
 
@@ -127,6 +132,7 @@ class RecallTraceLoss(LossModule):
         discount: float = 1.0,
         normalize_weights: bool = False,
         loss_function: Distance | None = None,
+        margin: float = 0.8,
         action_spec: TensorSpec | None = None,
     ) -> None:
         loss_function = check_distance(loss_function)
@@ -150,6 +156,7 @@ class RecallTraceLoss(LossModule):
             "backtrack_coeff", check_real("backtrack_coeff", backtrack_coeff)
         )
         self.loss_function = loss_function
+        self.margin = check_real("margin", margin, 0.0)
         self.register_buffer("half_range", half_range(action_spec), persistent=False)
         # In __dict__: the weight's networks are not this loss's, even if it is a module.
         object.__setattr__(self, "weight", weight)
@@ -248,8 +255,12 @@ class RecallTraceLoss(LossModule):
         action = cleaned.get(action_key)
         inputs = cleaned.select(*self.actor_network.in_keys)
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
+            actor = self.actor_network
+            if self.loss_function in OF_VALUES:
+                key = self.tensor_keys.action_value
+                values = chosen_action(actor(inputs), key, actor.out_keys)
+                return value_distance(self.loss_function, values, action, self.margin)
             if self.loss_function is not None:
-                actor = self.actor_network
                 chosen = chosen_action(actor(inputs), action_key, actor.out_keys)
                 batch = kept.shape if trace.ndim else None
                 return action_distance(self.loss_function, chosen, action, self.half_range, batch)
