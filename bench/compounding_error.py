@@ -266,7 +266,7 @@ def table(task: str, found: dict[str, list[dict[str, Any]]]) -> list[str]:
     columns = dict(COLUMNS)
     if any("in_walls" in r for results in found.values() for r in results):
         columns["in_walls"] = "in walls"
-    heads = [f"{k} steps" for k in STEPS] + list(columns.values())
+    heads = [f"{k} steps" for k in STEPS] + [f"step {LENGTH} alone", *columns.values()]
     lines = ["", f"{task}, {min(seeds)} to {max(seeds)} seeds", ""]
     lines += ["| model | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for row, results in found.items():
@@ -274,6 +274,8 @@ def table(task: str, found: dict[str, list[dict[str, Any]]]) -> list[str]:
         for i in range(len(STEPS)):
             mean = np.mean([r["mean"][i] for r in results])
             cells.append(f"{interval([r['median'][i] for r in results])} ({mean:.2f})")
+        # One real step from the oldest state: what friction has forgotten by the end of a replay.
+        cells.append(interval([r["path"][0] for r in results]))
         for column in columns:
             known = all(column in r for r in results)
             cells.append(interval([r[column] for r in results]) if known else "")

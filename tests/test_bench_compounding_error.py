@@ -15,7 +15,7 @@ from bench import compounding_error as bench
 
 def write(folder, task, model, seed, **more):
     steps = np.array(bench.STEPS)
-    result = {"task": task, "model": model, "seed": seed, "lost": 0, "path": [0.0]}
+    result = {"task": task, "model": model, "seed": seed, "lost": 0, "path": [0.5]}
     result["median"] = (steps * 0.1 + seed).tolist()
     result["mean"] = (steps * 0.1).tolist()
     (folder / f"{task}_{model}_{seed}.json").write_text(json.dumps({**result, **more}))
@@ -37,13 +37,14 @@ def test_tables_and_figure(tmp_path, monkeypatch, capsys):
     expected = [f"{k * 0.1 + 1:.2f} ± {half:.2f} ({k * 0.1:.2f})" for k in bench.STEPS]
     assert table["single Gaussian"][:4] == expected
     assert table["single Gaussian"][4:] == [
+        "0.50 ± 0.00",
         f"-2.00 ± {half:.2f}",
         "0.25 ± 0.00",
         "0.50 ± 0.00",
         "0.12 ± 0.00",
     ]
-    assert table["control: real"][4:] == ["", "", "", ""]
-    assert table["mixture of 5"][4:] == ["2.00 ± 0.00", "0.10 ± 0.00", "0.00 ± 0.00"]
+    assert table["control: real"][5:] == ["", "", "", ""]
+    assert table["mixture of 5"][5:] == ["2.00 ± 0.00", "0.10 ± 0.00", "0.00 ± 0.00"]
     assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
