@@ -8,8 +8,10 @@ Each task has one data set of a random policy. Each seed fits the three models t
 settings, walks 20 steps back from 100 real states that were held out, and replays the actions in
 the real environment, set to the state k steps before the end of the trace. Errors are in standard
 deviations of the state, root mean square over dimensions: two states that have nothing to do with
-each other are 1.41 apart. The environments are deterministic, and replayed real trajectories have
-error 0 (``tests/test_diagnostics_compounding.py``).
+each other are 1.41 apart. Two controls without a model put real trajectories in the place of
+traces: as they are (the floor), and begun .05 standard deviations off, which shows by how much the
+environment itself makes errors grow. A run's error is that of its median trace: the mean, which the
+report has in brackets, follows a few replays in which the simulation explodes.
 """
 
 from __future__ import annotations
@@ -55,6 +57,9 @@ ROWS = {
     "ensemble": "ensemble of 5, member for each step",
     "ensemble_trace": "ensemble of 5, member for each trace",
 }
+# How far off the real trajectories begin, in standard deviations of the state.
+CONTROLS = {"real": 0.0, "perturbed": 0.05}
+ROWS |= {"real": "control: real", "perturbed": "control: real, begun .05 off"}
 COLUMNS = {"nll": "held-out NLL", "ks": "KS of Δ", "outside": "outside the data"}
 
 
@@ -161,6 +166,11 @@ def walks(task: Task, model: BacktrackModel, seed: int) -> dict[str, Any]:
     rows = torch.randperm(len(task.held_out), generator=generator)[:STARTS]
     start = task.held_out["next", "observation"][rows]
     trace = sample_traces(model, start, num_steps=LENGTH, generator=generator)
+    return measured(task, trace, generator)
+
+
+def measured(task: Task, trace: Any, generator: torch.Generator) -> dict[str, Any]:
+    """Return where the actions of traces lead, and where their states lie."""
     reference = task.training["observation"]
     scale = reference.std(0)
     found = compounding_error(trace, task.step, scale, steps=STEPS)
@@ -179,6 +189,21 @@ def walks(task: Task, model: BacktrackModel, seed: int) -> dict[str, Any]:
     return result
 
 
+def control(task_name: str, task: Task, name: str, seed: int) -> list[dict[str, Any]]:
+    """Replay real trajectories that were not fitted, from where they began or a little off."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    data, scale = task.held_out, task.training["observation"].std(0)
+    # Rows that lead into the next one, twenty in a row.
+    leads = (data["next", "observation"][:-1] == data["observation"][1:]).all(-1)
+    whole = leads.unfold(0, LENGTH - 1, 1).all(-1).nonzero().squeeze(-1)
+    first = whole[torch.randperm(len(whole), generator=generator)[:STARTS]]
+    trace: Any = data[first.unsqueeze(-1) + torch.arange(LENGTH)]
+    noise = torch.randn(trace["observation"].shape, generator=generator)
+    trace["observation"] += CONTROLS[name] * scale * noise
+    result = {"model": name, "task": task_name, "seed": seed}
+    return [{**result, **measured(task, trace, generator)}]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("run", "report"))
@@ -195,7 +220,7 @@ def main() -> None:
     tasks: dict[str, Task] = {}
     for seed in range(arguments.seeds):
         for task_name in arguments.tasks:
-            for name in MODELS:
+            for name in (*CONTROLS, *MODELS):
                 if (FOLDER / f"{task_name}_{name}_{seed}.json").exists():
                     continue
                 if time.monotonic() > end:
@@ -203,7 +228,8 @@ def main() -> None:
                 if task_name not in tasks:
                     tasks[task_name] = TASKS[task_name]()
                 # The single file of a run is written last: what has it need not be run again.
-                for result in reversed(run(task_name, tasks[task_name], name, seed)):
+                measure = control if name in CONTROLS else run
+                for result in reversed(measure(task_name, tasks[task_name], name, seed)):
                     file = FOLDER / f"{task_name}_{result['model']}_{seed}.json"
                     file.write_text(json.dumps({**result, "machine": machine}) + "\n")
                     print(task_name, result["model"], seed, result["median"], flush=True)
@@ -225,29 +251,40 @@ def interval(values: list[float], digits: int = 2) -> str:
 
 
 def report() -> None:
-    """Print the table and draw the figure."""
+    """Print the tables and draw the figure."""
     found = load()
-    names = list(dict.fromkeys(task for task, _ in found))
-    for task in (name for name in TASKS if name in names):
-        seeds = {len(found[task, row]) for row in ROWS if (task, row) in found}
-        print(f"\n{task}, {min(seeds)} to {max(seeds)} seeds\n")
-        walls = any("in_walls" in r for row in ROWS for r in found.get((task, row), []))
-        heads = [f"{k} steps" for k in STEPS] + list(COLUMNS.values()) + ["in walls"] * walls
-        print("| model | " + " | ".join(heads) + " |")
-        print("|---|" + "---|" * len(heads))
-        for row, label in ROWS.items():
-            results = found.get((task, row))
-            if not results:
-                continue
-            cells = [interval([r["mean"][i] for r in results]) for i in range(len(STEPS))]
-            cells += [interval([r[column] for r in results]) for column in COLUMNS]
-            cells += [interval([r["in_walls"] for r in results])] * walls
-            print(f"| {label} | " + " | ".join(cells) + " |")
-    draw(found, [name for name in TASKS if name in names])
+    tasks = [name for name in TASKS if any(task == name for task, _ in found)]
+    for task in tasks:
+        for line in table(task, {row: found[task, row] for row in ROWS if (task, row) in found}):
+            print(line)
+    draw(found, tasks)
+
+
+def table(task: str, found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Lines of a task's table: errors, the median trace (the mean of traces), and diagnostics."""
+    seeds = {len(results) for results in found.values()}
+    columns = dict(COLUMNS)
+    if any("in_walls" in r for results in found.values() for r in results):
+        columns["in_walls"] = "in walls"
+    heads = [f"{k} steps" for k in STEPS] + [f"step {LENGTH} alone", *columns.values()]
+    lines = ["", f"{task}, {min(seeds)} to {max(seeds)} seeds", ""]
+    lines += ["| model | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    for row, results in found.items():
+        cells = []
+        for i in range(len(STEPS)):
+            mean = np.mean([r["mean"][i] for r in results])
+            cells.append(f"{interval([r['median'][i] for r in results])} ({mean:.2f})")
+        # One real step from the oldest state: what friction has forgotten by the end of a replay.
+        cells.append(interval([r["path"][0] for r in results]))
+        for column in columns:
+            known = all(column in r for r in results)
+            cells.append(interval([r[column] for r in results]) if known else "")
+        lines.append(f"| {ROWS[row]} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def draw(found: dict[tuple[str, str], list[dict[str, Any]]], tasks: list[str]) -> None:
-    """One panel a task: mean error against the number of steps replayed."""
+    """One panel a task: error of the median trace against the number of steps replayed."""
     from matplotlib.figure import Figure
 
     from torchrl_recall.diagnostics.figures import STYLES
@@ -259,10 +296,10 @@ def draw(found: dict[tuple[str, str], list[dict[str, Any]]], tasks: list[str]) -
             results = found.get((task, row))
             if not results:
                 continue
-            mean = np.array([r["mean"] for r in results])
+            error = np.array([r["median"] for r in results])
             color, dashes, marker = style
             options: Any = {"linestyle": dashes, "marker": marker, "capsize": 3, "color": color}
-            axes.errorbar(STEPS, mean.mean(0), half_width(mean), label=label, **options)
+            axes.errorbar(STEPS, error.mean(0), half_width(error), label=label, **options)
         axes.set_title(task)
         axes.set_xlabel("steps replayed")
         axes.set_ylim(bottom=0)

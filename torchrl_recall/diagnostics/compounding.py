@@ -39,7 +39,8 @@ class CompoundingError(NamedTuple):
     num_traces: Tensor
     """Traces that counted, int64 ``[K]``."""
     path: Tensor
-    """Median error after 1, 2, ... steps of the longest replay, ``[max(steps)]``."""
+    """Median error after 1, 2, ... steps of the longest replay, ``[max(steps)]``. Where friction
+    forgets where a replay began, errors begin large here and end small."""
 
     def scalars(self) -> dict[str, float]:
         """Numbers for a logger."""
