@@ -68,7 +68,8 @@ def sample_traces(
         last step leading into ``next_observation``: the observation keys, the action,
         ``("next", observation)``, ``"action_log_prob"`` and ``"delta_log_prob"`` of the model, and
         ``("collector", "mask")``: bool, True = keep. A stop masks all earlier steps; masked steps
-        hold finite values. The log-probabilities are the model's, whatever the ``support``.
+        hold finite values. The log-probabilities are the model's, whatever the ``support``; in an
+        ensemble, those of the member that took the step.
 
     Raises:
         KeyError: an observation key is missing.
