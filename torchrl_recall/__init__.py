@@ -2,9 +2,9 @@
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
 from torchrl_recall.cell_support import CellSupport
-from torchrl_recall.imitation_weights import AdvantageWeight
 from torchrl_recall.fit import fit
 from torchrl_recall.goals import GoalGAN
+from torchrl_recall.imitation_weights import AdvantageWeight
 from torchrl_recall.loss import RecallTraceLoss
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.qvalue_weight import QValueWeight
@@ -23,8 +23,8 @@ __all__ = [
     "BacktrackTransform",
     "CellSupport",
     "DataSupport",
-    "QValueWeight",
     "GoalGAN",
+    "QValueWeight",
     "RecallTraceLoss",
     "TraceLengthScheduler",
     "ValuePrioritizedSampler",
