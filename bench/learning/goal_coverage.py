@@ -12,6 +12,10 @@ the start, in its own noise, in an environment of its own with a seed of its own
 - ``GoalGAN``: goals of intermediate difficulty.
 - ``GoalGAN + traces``: the same, and traces from states seen nearest to good goals.
 
+- ``... + real past``: the control of the model. From the same states, the steps that really came
+  before them in their episode are imitated, and no model is fitted. Added after the other four had
+  been seen, with their settings.
+
 A trace is imitated as an attempt at the goal where it ends. Settings were chosen on seeds from 1000
 on, and frozen before any run that is reported.
 """
@@ -32,18 +36,27 @@ from bench.machine import RESULTS, describe
 
 FOLDER = RESULTS / "goal_coverage"
 FIGURE = RESULTS / "goal_coverage.png"
-ORDER = ("uniform", "uniform + traces", "GoalGAN", "GoalGAN + traces")
+ORDER = (
+    "uniform",
+    "uniform + traces",
+    "uniform + real past",
+    "GoalGAN",
+    "GoalGAN + traces",
+    "GoalGAN + real past",
+)
 PAIRS = (
     ("GoalGAN", "uniform"),
     ("GoalGAN + traces", "GoalGAN"),
     ("uniform + traces", "uniform"),
     ("GoalGAN + traces", "uniform + traces"),
     ("GoalGAN + traces", "uniform"),
+    ("uniform + traces", "uniform + real past"),
+    ("GoalGAN + traces", "GoalGAN + real past"),
 )
 
 
 def path_of(variant: str, seed: int) -> Path:
-    return FOLDER / f"{variant.replace(' + ', '_').lower()}_{seed}.json"
+    return FOLDER / f"{variant.replace(' + ', '_').replace(' ', '_').lower()}_{seed}.json"
 
 
 def run(first: int, count: int) -> None:
@@ -144,13 +157,13 @@ def draw(curves: dict[str, np.ndarray], steps: np.ndarray) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    colors = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#d62728")
-    for (variant, curve), color in zip(curves.items(), colors, strict=True):
+    for variant, curve in curves.items():
         mean, width = curve.mean(0), half_width(curve)
-        dashes = "--" if "traces" in variant else "-"
+        color = "#1f77b4" if "uniform" in variant else "#d62728"
+        dashes = "--" if "traces" in variant else ":" if "past" in variant else "-"
         axis.plot(steps / 1000, mean, dashes, color=color, label=variant)
         axis.fill_between(
-            steps / 1000, mean - width, mean + width, color=color, alpha=0.15, linewidth=0
+            steps / 1000, mean - width, mean + width, color=color, alpha=0.08, linewidth=0
         )
     axis.set_xlabel("environment steps (thousands)")
     axis.set_ylabel("coverage of the maze's goals")

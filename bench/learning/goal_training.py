@@ -29,12 +29,14 @@ from torchrl_recall.starts import GoalStarts
 from torchrl_recall.support import DataSupport
 from torchrl_recall.trace_masks import LastVisitRadius
 
-# Name: (goals from GoalGAN, recall traces).
+# Name: (goals from GoalGAN, what is imitated: traces of the model, the real past, or nothing).
 VARIANTS = {
-    "uniform": (False, False),
-    "uniform + traces": (False, True),
-    "GoalGAN": (True, False),
-    "GoalGAN + traces": (True, True),
+    "uniform": (False, None),
+    "uniform + traces": (False, "model"),
+    "uniform + real past": (False, "past"),
+    "GoalGAN": (True, None),
+    "GoalGAN + traces": (True, "model"),
+    "GoalGAN + real past": (True, "past"),
 }
 # Far from every training seed, so that evaluation shares no draws with any of them.
 EVALUATION_SEED = 1_000_003
@@ -105,7 +107,7 @@ class Run:
 
     def __init__(self, variant: str, seed: int, settings: Settings) -> None:
         self.settings = s = settings
-        self.uses_gan, self.uses_traces = VARIANTS[variant]
+        self.uses_gan, self.imitates = VARIANTS[variant]
         torch.manual_seed(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.env = self._maze(s.num_envs, seed)
@@ -189,7 +191,12 @@ class Run:
             batch_size=s.model_batch,
             generator=torch.Generator().manual_seed(seed + 2),
         )
-        if not self.uses_traces:
+        if self.imitates is None:
+            return
+        self.imitation = RecallTraceLoss(self.actor, imitation_coeff=s.imitation_coeff)
+        self.starts: Any = self.gan if self.uses_gan else GoalStarts(self.uniform_states)
+        self.trace_generator = torch.Generator().manual_seed(seed + 4)
+        if self.imitates == "past":
             return
         cells = (s.model_cells, s.model_cells)
         self.model = BacktrackModel.from_env(self.env, num_cells=cells, stop=False)
@@ -202,12 +209,11 @@ class Run:
             self.model,
             num_steps=s.trace_steps,
             last_visit=False,
-            start=self.gan if self.uses_gan else GoalStarts(self.uniform_states),
+            start=self.starts,
             masks=[LastVisitRadius(s.radius, scale=self.model)],
             support=self.support,
-            generator=torch.Generator().manual_seed(seed + 4),
+            generator=self.trace_generator,
         )
-        self.imitation = RecallTraceLoss(self.actor, imitation_coeff=s.imitation_coeff)
 
     def nearest_state(self, goals: Tensor) -> Tensor:
         """Return the state seen nearest to each goal; none within the goal's radius: NaN."""
@@ -241,11 +247,11 @@ class Run:
         state["desired_goal"] = self.draw_goals(len(state))
         for iteration in range(s.iterations):
             data, state = self._act(state)
-            kept = data.select("observation", "action", ("next", "observation")).reshape(-1)
-            self.states.extend(kept)
+            kept = ("observation", "action", ("next", "observation"), ("next", "done"))
+            self.states.extend(data.select(*kept).reshape(-1))
             if self.uses_gan:
                 self._new_goals(iteration, data, log)
-            traces = self._recall(log) if self.uses_traces else None
+            traces = None if self.imitates is None else self._recall(log)
             self._learn(data, traces)
             if (iteration + 1) % s.evaluation_iterations == 0:
                 steps.append((iteration + 1) * frames)
@@ -304,23 +310,55 @@ class Run:
         )
 
     def _recall(self, log: dict) -> TensorDictBase:
-        s = self.settings
-        self.support.fit(self.states)
-        loss = torch.zeros(())
-        for _ in range(s.model_steps):
-            loss = self.model_loss(self.states.sample())["loss_backtrack"]
-            self.model_optimizer.zero_grad()
-            loss.backward()
-            self.model_optimizer.step()
-        batch = self.traces(TensorDict({}, [s.num_traces]))
-        trace = batch["trace"]
+        trace = self._real_past() if self.imitates == "past" else self._traces(log)
         # Wherever a trace ends, that was its goal.
         end = trace["next", "observation"][..., -1:, :2]
         trace["desired_goal"] = end.expand(*trace.shape, 2)
         kept = trace["collector", "mask"].float().mean()
         log.setdefault("trace_kept", []).append(float(kept))
+        return TensorDict({"trace": trace}, trace.shape[:1])
+
+    def _traces(self, log: dict) -> TensorDictBase:
+        """Fit the model, and walk back with it."""
+        self.support.fit(self.states)
+        loss = torch.zeros(())
+        for _ in range(self.settings.model_steps):
+            loss = self.model_loss(self.states.sample())["loss_backtrack"]
+            self.model_optimizer.zero_grad()
+            loss.backward()
+            self.model_optimizer.step()
         log.setdefault("loss_backtrack", []).append(float(loss.detach()))
-        return batch
+        return self.traces(TensorDict({}, [self.settings.num_traces]))["trace"]
+
+    def _real_past(self) -> TensorDictBase:
+        """Return what really came before states that traces would start from, without a model."""
+        s = self.settings
+        data = self.states.storage[:]
+        seen = data["next", "observation"]
+        start = self.starts(TensorDict({}, [s.num_traces]), self.trace_generator)
+        state = start["observation"]
+        found = start.get(("collector", "mask"), torch.ones(s.num_traces, dtype=torch.bool))
+        found = found & state.isfinite().all(-1)
+        # A start is one of the seen states: this finds its row, at distance 0.
+        row = torch.cdist(state.nan_to_num(), seen).argmin(1)
+        rows, kept = [row], [found]
+        for _ in range(s.trace_steps - 1):
+            before, exists = self._row_before(rows[0])
+            exists = exists & ~data["next", "done"][before, 0]
+            rows.insert(0, before)
+            kept.insert(0, kept[0] & exists)
+        trace = data[torch.stack(rows, 1)]
+        mask = LastVisitRadius(s.radius, scale=seen.std(0).clamp_min(1e-4))(trace)
+        trace["collector"] = TensorDict({"mask": mask & torch.stack(kept, 1)}, trace.shape)
+        return trace
+
+    def _row_before(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the row of the step before, of the same maze, and whether there is one."""
+        length = self.settings.rollout_steps
+        whole = length * self.settings.num_envs
+        first_of_rollout = row % length == 0
+        before = torch.where(first_of_rollout, row - whole + length - 1, row - 1)
+        return before.clamp_min(0), before >= 0
 
     def _learn(self, data: TensorDictBase, traces: TensorDictBase | None) -> None:
         s = self.settings
