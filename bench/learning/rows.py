@@ -12,6 +12,18 @@ SIZE = 15
 BUDGET = 60_000  # environment steps; an unsolved run counts as all of them
 SEEDS = tuple(range(500, 510))
 
+GROUPS = (
+    "Goal known beforehand",
+    "Which steps to imitate",
+    "The model",
+    "What the model learns from",
+    "Freshness of traces",
+    "How much",
+    "Weights by the critic",
+    "Random starts, goal known",
+    "Goal found by reward",
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -38,16 +50,7 @@ class Row:
 
 
 def _rows() -> list[Row]:
-    known = "Goal known beforehand"
-    steps = "Which steps to imitate"
-    fresh = "Freshness of traces"
-    data = "What the model learns from"
-    amount = "How much"
-    weights = "Weights by the critic"
-    model = "The model"
-    found = "Goal found by reward"
-    anywhere = "Random starts, goal known"
-
+    known, steps, model, data, fresh, amount, weights, anywhere, found = GROUPS
     rows = [
         Row("default", "default: last visit, fresh traces, all data", known),
         Row("every_visit", "every visit", steps, Options(last_visit=False)),
@@ -147,7 +150,7 @@ def _rows() -> list[Row]:
                 reference="anywhere_default",
             )
         )
-    return rows
+    return sorted(rows, key=lambda row: GROUPS.index(row.group))
 
 
 ROWS = {row.name: row for row in _rows()}
