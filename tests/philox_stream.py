@@ -63,8 +63,11 @@ def uniforms(seed, rows, step, word):
 def trace_noise(model, seed, num_steps, rows):
     """All noise of a walk with continuous heads; the first step back is the last of the trace."""
     steps = range(num_steps - 1, -1, -1)
-    sizes = (ACTION, model.action.head.size), (DELTA, model.delta_head.size)
-    parts = [[normals(seed, rows, step, head, size) for step in steps] for head, size in sizes]
+    heads = (ACTION, model.action.head), (DELTA, model.delta_head)
+    parts = [
+        [normals(seed, rows, step, which, head.noise_size) for step in steps]
+        for which, head in heads
+    ]
     parts.append([uniforms(seed, rows, step, 2) for step in steps])
     action, delta, stop = (torch.from_numpy(np.stack(part)).to(model.dtype) for part in parts)
     return TraceNoise(action, delta, stop if model.has_stop else None)

@@ -17,7 +17,7 @@ from torchrl.objectives.bc import BCLoss
 from weight_data import make_critic
 
 from torchrl_recall import AdvantageWeight, RecallTraceLoss
-from torchrl_recall.imitation_distance import action_distance
+from torchrl_recall.imitation_distance import action_distance, value_distance
 
 
 @pytest.fixture(autouse=True)
@@ -206,3 +206,36 @@ def test_distance_of_scalar_actions():
     rows = torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 0.0]])
     got = action_distance("mse", *rows, None, torch.Size([1, 2]))
     assert got.tolist() == [[1.0, 4.0]]
+
+
+class TestValues:
+    """Policies that take the best of all actions' values."""
+
+    VALUES = ((1.0, 0.5, -1.0), (0.0, 2.0, 1.5))
+
+    @pytest.mark.parametrize("name", ["margin", "cross_entropy"])
+    @pytest.mark.parametrize("one_hot", [False, True])
+    def test_by_hand(self, name, one_hot):
+        values = torch.tensor(self.VALUES, dtype=torch.float64)
+        index = torch.tensor([1, 1])
+        action = nn.functional.one_hot(index, 3) if one_hot else index
+        if name == "margin":  # 1 + .8 beats .5 by 1.3; 2 leads 1.5 + .8 by -.3
+            expected = torch.tensor([1.3, 0.3], dtype=torch.float64)
+        else:
+            expected = nn.functional.cross_entropy(values, index, reduction="none")
+        close(value_distance(name, values, action, 0.8), expected)
+
+    def test_no_gradient_where_the_action_leads_by_the_margin(self):
+        values = torch.tensor([[2.0, 1.0], [1.0, 1.5]], requires_grad=True)
+        value_distance("margin", values, torch.tensor([0, 0]), 0.8).sum().backward()
+        same(values.grad, torch.tensor([[0.0, 0.0], [-1.0, 1.0]]))
+
+    @pytest.mark.parametrize("action", [torch.zeros(2), torch.zeros(2, 2).long()])
+    def test_refusals(self, action):
+        with pytest.raises(ValueError, match="the trace's action has shape"):
+            value_distance("margin", torch.zeros(2, 3), action, 0.8)
+        with pytest.raises(ValueError, match="margin must lie in"):
+            RecallTraceLoss(make_plain(), loss_function="margin", margin=-1.0)
+        data = recall(6, 5)
+        with pytest.raises(KeyError, match="the actor writes no 'action_value'"):
+            RecallTraceLoss(make_plain(), loss_function="margin")(data)

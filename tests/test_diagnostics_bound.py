@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from exact_model import exact_model
 from model_data import make_maze, random_transitions
 from torchrl.data import Categorical, MultiCategorical
 
@@ -23,6 +22,8 @@ from torchrl_recall.diagnostics import (
 from torchrl_recall.envs import (
     BacktrackKernel,
     FourRoomsEnv,
+    backtrack_kernel,
+    exact_backtrack_model,
     forward_log_probability,
     kernel_divergence,
     start_success,
@@ -50,7 +51,7 @@ def perturbed(env, policy, size=0.3, seed=0):
 
     Logits of the exact one, moved by noise: what is impossible stays so.
     """
-    model, kernel = exact_model(env, policy, dtype=F64)
+    model, kernel = exact_backtrack_model(env, policy, dtype=F64), backtrack_kernel(env, policy)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for network in (model.action_network, model.delta_network, model.stop_network):
@@ -77,7 +78,7 @@ def generator(seed):
 @pytest.mark.parametrize("start", ["fixed", "any"])
 def test_the_bound_is_tight_for_the_exact_model(start, horizon):
     env, policy = maze(start=start), random_policy()
-    model, _ = exact_model(env, policy, dtype=F64)
+    model = exact_backtrack_model(env, policy, dtype=F64)
     options = {"num_traces": 300, "horizon": horizon, "generator": generator(0)}
     bound = maze_bound(model, env, policy, **options)
     evidence = math.log(start_success(env, policy, horizon=horizon))
@@ -94,7 +95,7 @@ def test_the_bound_is_tight_for_the_exact_model(start, horizon):
 
 def test_walks_that_are_cut_off_are_scored_as_ends_of_longer_episodes():
     env, policy = maze(), random_policy()
-    model, _ = exact_model(env, policy, dtype=F64)
+    model = exact_backtrack_model(env, policy, dtype=F64)
     bound = maze_bound(model, env, policy, num_traces=200, num_steps=3, generator=generator(0))
     # From corner to corner takes 4 steps at least: all are cut off.
     assert float(bound.log_weight.abs().max()) < 1e-5
@@ -133,9 +134,8 @@ def episodes(env, longest):
 @pytest.mark.parametrize("wrong", [False, True])
 def test_the_bound_within_a_horizon_is_the_sum_over_all_trajectories(wrong):
     env, policy, horizon = maze(slip=0.0), random_policy(), 6
-    model, _ = (perturbed if wrong else exact_model)(
-        env, policy, **({} if wrong else {"dtype": F64})
-    )
+    exact = exact_backtrack_model(env, policy, dtype=F64)
+    model = perturbed(env, policy)[0] if wrong else exact
     stop, predecessor = tabular_kernel(model, env)
     kernel = BacktrackKernel(stop, predecessor, stop)
     log_p, log_q = [], []
@@ -159,7 +159,7 @@ def test_the_bound_within_a_horizon_is_the_sum_over_all_trajectories(wrong):
 def test_the_bound_of_an_ensemble_is_that_of_how_it_walks(member_per):
     """Of one model twice nothing changes; of two models the bound is below the evidence."""
     env, policy = maze(), random_policy()
-    right, _ = exact_model(env, policy, dtype=F64)
+    right = exact_backtrack_model(env, policy, dtype=F64)
     wrong, _ = perturbed(env, policy)
     options = {"num_traces": 2000, "num_steps": 200, "generator": generator(0)}
     same = maze_bound(ensemble_of([right, right], member_per), env, policy, **options)
@@ -255,7 +255,7 @@ def test_wrong_log_probabilities(log_p, log_q, evidence, message):
 
 def test_wrong_arguments_of_the_maze():
     env, policy = maze(), random_policy()
-    model, _ = exact_model(env, policy, dtype=F64)
+    model = exact_backtrack_model(env, policy, dtype=F64)
     for horizon in (2, 3):
         with pytest.raises(ValueError, match=f"horizon {horizon} is too short: 0 of 9"):
             maze_bound(model, env, policy, horizon=horizon, num_traces=9)
@@ -275,7 +275,8 @@ def test_wrong_arguments_of_the_maze():
 @pytest.mark.parametrize("wrong", [False, True])
 def test_divergence_of_a_maze(wrong):
     env, policy = maze(), random_policy()
-    model, exact = perturbed(env, policy) if wrong else exact_model(env, policy, dtype=F64)
+    exact = exact_backtrack_model(env, policy, dtype=F64), backtrack_kernel(env, policy)
+    model, exact = perturbed(env, policy) if wrong else exact
     found = maze_divergence(model, env, policy)
     total = kernel_divergence(exact, *tabular_kernel(model, env))
     assert float(found.trajectory) == float(total.trajectory)

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from exact_model import exact_model
 from linear_gaussian import F64, LinearGaussianWorld
 from model_data import make_maze, random_transitions
 from scipy import stats
@@ -22,6 +21,7 @@ from torchrl_recall.diagnostics import (
     uniform_distance,
 )
 from torchrl_recall.diagnostics.cdf import value_cdf
+from torchrl_recall.envs import exact_backtrack_model
 from torchrl_recall.heads import CategoricalHead
 
 # A true model fails this often over all seeds; the seeds are fixed.
@@ -70,7 +70,7 @@ def test_the_exact_model_of_a_maze_is_calibrated(factor):
     torch.manual_seed(0)
     env = make_maze(slip=0.2)
     policy = torch.full((25, 4), 0.25)
-    model, _ = exact_model(env.base_env, policy, dtype=F64)
+    model = exact_backtrack_model(env.base_env, policy, dtype=F64)
     data = whole_episodes(make_maze(batch_size=(500,), slip=0.2), 3)
     generator = torch.Generator().manual_seed(0)
     found = calibration(model, data, factor=factor, generator=generator)
@@ -225,6 +225,20 @@ def test_a_mixture_is_better_against_a_wall_and_calibration_shows_it(wall):
     print(f"log-likelihood: exact {exact:.3f}, one {likelihood[0]:.3f}, five {likelihood[1]:.3f}")
     assert likelihood[0] == pytest.approx(exact - loss, abs=0.03)
     assert exact > likelihood[1] > likelihood[0] + loss / 3
+
+
+def test_rows_that_do_not_count():
+    torch.manual_seed(0)
+    model, data = BacktrackModel(3, 2, num_cells=(8,)), random_transitions(60)
+    expected = calibration(model, data[:40]).pit
+    data["collector", "mask"] = torch.arange(60) < 50
+    data["next", "observation"][40:] = torch.nan
+    with pytest.raises(ValueError, match="10 of 60 transitions have NaN"):
+        calibration(model, data)
+    torch.testing.assert_close(calibration(model, data, mask_nonfinite=True).pit, expected)
+    data["collector", "mask"] = torch.zeros(60, dtype=torch.bool)
+    with pytest.raises(ValueError, match="no row to look at"):
+        calibration(model, data)
 
 
 def test_wrong_arguments():

@@ -116,7 +116,7 @@ class TestByHand:
         found = compounding_error(moved.reshape(2, 2, 6), drift, steps=(3,), **keys)
         expected = compounding_error(trace, drift, steps=(3,))
         torch.testing.assert_close(found.error, expected.error)
-        with pytest.raises(KeyError, match="'observation'.*is missing"):
+        with pytest.raises(KeyError, match=r"'observation'.*is missing"):
             compounding_error(moved, drift, steps=(3,))
 
     def test_wrong_arguments(self):

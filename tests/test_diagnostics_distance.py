@@ -7,14 +7,18 @@ import math
 import pytest
 import torch
 from scipy import stats
+from tensordict import TensorDict
 
+from torchrl_recall.cell_support import CellSupport
 from torchrl_recall.diagnostics import distance as module
 from torchrl_recall.diagnostics import (
     distance_to_data,
     goal_coverage,
     never_visited,
+    outside_support,
     reached_goals,
 )
+from torchrl_recall.support import DataSupport
 
 F64 = torch.float64
 
@@ -31,7 +35,7 @@ def test_distances_by_the_definition(neighbors, pairs, monkeypatch):
     monkeypatch.setattr(module, "PAIRS_AT_ONCE", pairs)
     real, states = data(), data(24, seed=1).reshape(4, 6, 3)
     mask = torch.rand(4, 6, generator=torch.Generator().manual_seed(2)) < 0.8
-    found = distance_to_data(states, real, mask=mask, quantile=0.9, num_neighbors=neighbors)
+    found = distance_to_data(states, real, mask=mask, quantile=0.9, num_neighbours=neighbors)
     scale = real.std(0)
 
     def nearest(state, others):
@@ -87,11 +91,29 @@ def test_never_visited_states():
     assert masked.scalars() == {"share": 0.25}
 
 
+def test_outside_the_support_that_walks_are_kept_in():
+    """`DataSupport` and this package measure the same: equal where their thresholds are."""
+    real, states = data(500), data(60, seed=1).reshape(6, 10, 3) * 1.5
+    support = DataSupport(num_references=500, factor=1.0)
+    support.fit(TensorDict({"observation": real}, [500]))
+    mask = torch.rand(6, 10, generator=torch.Generator().manual_seed(2)) < 0.8
+    found = outside_support(states, support, mask)
+    expected = distance_to_data(states, real, scale=support.std, mask=mask)
+    assert 0.1 < float(found.share) < 0.9
+    assert float(found.share) == float(expected.outside)
+    torch.testing.assert_close(found.by_step, expected.outside_by_step)
+    cells = CellSupport("observation", cell_size=1.0)
+    cells.fit(TensorDict({"observation": torch.zeros(1, 3)}, [1]))
+    assert outside_support(torch.tensor([[[0.5] * 3, [1.5] * 3]]), cells).by_step.tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"support returned torch.float64"):
+        outside_support(states, lambda s: s[..., 0])
+
+
 def test_wrong_arguments():
     states, real = torch.zeros(2, 3, 2), torch.zeros(5, 2)
     for message, arguments, options in (
         ("reference has shape", (states, real[0]), {}),
-        ("more than 5 rows", (states, real), {"num_neighbors": 5}),
+        ("more than 5 rows", (states, real), {"num_neighbours": 5}),
         ("states has shape", (states[..., :1], real), {}),
         ("scale must be 2 positive", (states, real), {"scale": torch.zeros(2)}),
         ("quantile", (states, real), {"quantile": 2.0}),

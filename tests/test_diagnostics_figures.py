@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from exact_model import exact_model
 from model_data import random_transitions
 from torchrl.record.loggers import CSVLogger
 
@@ -18,7 +17,7 @@ from torchrl_recall import BacktrackModel, fit, sample_traces
 from torchrl_recall import diagnostics as d
 from torchrl_recall.diagnostics import figures
 from torchrl_recall.diagnostics.figures import PLOTS
-from torchrl_recall.envs import FourRoomsEnv
+from torchrl_recall.envs import FourRoomsEnv, exact_backtrack_model
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def results():
     torch.manual_seed(0)
     env = FourRoomsEnv(5, slip=0.1, max_steps=None)
     policy = torch.full((25, 4), 0.25)
-    maze_model, _ = exact_model(env, policy)
+    maze_model = exact_backtrack_model(env, policy)
     with torch.no_grad():
         maze_model.action_network[2].weight += 0.1 * torch.randn(4, 100)
     model, data = BacktrackModel(3, 2, num_cells=(8,)), random_transitions(100)

@@ -17,7 +17,7 @@ from trace_data import ACTIONS, F32, F64, assert_same, make_model, make_noise, m
 from torchrl_recall import BacktrackLoss, BacktrackModel, sample_traces
 from torchrl_recall.heads import NormalDelta
 from torchrl_recall.mixture import MixtureDelta
-from torchrl_recall.native import interface
+from torchrl_recall.traces import triton_walk
 
 # Sampling tests fail a correct sampler this often over all seeds; the seeds are fixed.
 ERROR_RATE = 1e-4
@@ -254,15 +254,9 @@ def test_copies_and_saved_states_are_the_same_model():
     torch.testing.assert_close(single["delta"], expected.float(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(interface.load()[0] is None, reason="no native library")
-@pytest.mark.parametrize("action", ["tanh", "categorical"])
-def test_where_the_kernel_has_no_mixture_the_eager_form_walks(action):
-    model = make_model("normal", action, dtype=F32, num_components=2)
-    start, noise = make_start(model, 9), make_noise(model, 3, 9)
-    options = {"num_steps": 3, "noise": noise}
-    with pytest.raises(ValueError, match=r"backend='native' cannot run this model: .* mixture"):
-        sample_traces(model, start, **options, backend="native")
-    with pytest.warns(UserWarning, match=r"falls back to the eager backend: .* mixture"):
-        auto = sample_traces(model, start, **options)
-    assert_same(auto, sample_traces(model, start, **options, backend="eager"), 0)
-    sample_traces(model, start, **options)  # says so once
+def test_other_kernels_say_that_they_have_no_mixture():
+    model = make_model(dtype=F32, num_components=2)
+    assert "continuous with a Gaussian change" in triton_walk.unsupported(model)
+    assert "actions are uniform" in triton_walk.unsupported(
+        make_model(dtype=F32, reverse_action="uniform")
+    )

@@ -94,6 +94,11 @@ class TestEpisodes:
         assert td["observation"][:, 0].tolist() == [4.5, 1.5, 3.5]
         assert td["reward"].squeeze(-1).tolist() == [1, 0, 0]
         assert td["elapsed"].squeeze(-1).tolist() == [3, 0, 2]
+        # Who holds at the goal is not paid again.
+        td.set("_step", torch.tensor([False, True, False])).set("action", torch.zeros(3, 2))
+        td = env.step(td)["next"]
+        assert td["reward"].squeeze(-1).tolist() == [0, 0, 0]
+        assert td["terminated"].squeeze(-1).tolist() == [True, False, False]
         data = PointMazeEnv("u", start="any", batch_size=(16,), seed=0).rollout(
             300, break_when_all_done=True
         )

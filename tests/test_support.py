@@ -90,6 +90,23 @@ class TestDataSupport:
         # Two estimates of a quantile, of 1500 points each: standard errors of about 0.008.
         assert share == pytest.approx(0.9, abs=0.035)
 
+    def test_data_far_from_zero_and_close_to_each_other(self):
+        """Float32 states of 1000 ± 0.01: their distances survive."""
+        data = (1000 + 0.01 * rows(500)).float()
+        support = DataSupport(quantile=0.5, factor=1.0).fit(as_data(data))
+        exact = DataSupport(quantile=0.5, factor=1.0).fit(as_data(data.double()))
+        torch.testing.assert_close(support.threshold, exact.threshold)
+        queries = (1000 + 0.02 * rows(200, seed=1)).float()
+        assert torch.equal(support(queries), exact(queries.double()))
+        assert 0 < support(queries).sum() < 200
+
+    def test_data_that_repeat(self):
+        """No distance at all between most of them: only what is there is inside."""
+        data = torch.arange(5.0).repeat(20).unsqueeze(-1)
+        support = DataSupport().fit(as_data(data))
+        assert support.threshold == 0
+        assert support(torch.tensor([[3.0], [2.999], [5.0]])).tolist() == [True, False, False]
+
     def test_a_ring_has_a_hole(self):
         angle = torch.rand(3000, generator=generator(), dtype=F64) * 2 * math.pi
         ring = torch.stack([angle.cos(), angle.sin()], -1)
@@ -133,7 +150,7 @@ class TestDataSupport:
         whole = DataSupport(generator=generator()).fit(data)
         monkeypatch.setattr("torchrl_recall.support.MAX_DISTANCES", 7 * 300)
         pieces = DataSupport(generator=generator()).fit(data)
-        assert whole.threshold == pieces.threshold
+        torch.testing.assert_close(whole.threshold, pieces.threshold)
         assert torch.equal(whole(queries), pieces(queries))
 
     def test_shapes_and_what_is_not_finite(self):

@@ -98,6 +98,8 @@ class ActionCodec(nn.Module):
         value = data.get(key, default=None)
         if value is None:
             raise KeyError(f"key {key!r} is missing from the data, which has {sorted_keys(data)}.")
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{key!r} must be a tensor, got {type(value).__name__}.")
         if value.shape != data.shape + self.shape:
             raise ValueError(
                 f"{key!r} has shape {tuple(value.shape)}, expected {tuple(data.shape + self.shape)}"

@@ -15,17 +15,17 @@ from tensordict.nn import dispatch
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
-from torchrl_recall.checks import check_real
+from torchrl_recall.checks import check_flag, check_real
 from torchrl_recall.joint_action import as_keys, samples_entropy
 from torchrl_recall.masking import (
     Reduction,
     blank_rows,
     check_reduction,
     fill_rows,
-    finite_rows,
     kept_rows,
     one_each,
     reduce_kept,
+    rows_in_range,
 )
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.observation import sorted_keys
@@ -53,7 +53,8 @@ class BacktrackLoss(LossModule):
 
     Keyword Args:
         reduction (str): ``"mean"`` over kept rows, ``"sum"``, or ``"none"``.
-        mask_nonfinite (bool): leave out rows with NaN or infinite entries instead of refusing them.
+        mask_nonfinite (bool): leave out rows with NaN, infinite or huge entries (above 1e16 in
+            float32, whose squares overflow) instead of refusing them.
         action_entropy_coeff (float): weight of the entropy of ``q(a|s')``, in nats, which is
             maximised beside the likelihood. Above 0 it keeps reverse actions open that the policy
             rarely takes; with a bounded continuous action it is estimated by one sample a row.
@@ -123,14 +124,14 @@ class BacktrackLoss(LossModule):
         super().__init__()
         self.model = model
         self.reduction = check_reduction(reduction)
-        self.mask_nonfinite = bool(mask_nonfinite)
+        self.mask_nonfinite = check_flag("mask_nonfinite", mask_nonfinite)
         self.action_entropy_coeff = check_real("action_entropy_coeff", action_entropy_coeff, 0.0)
         if self.action_entropy_coeff and model.action.is_uniform:
             raise ValueError(
                 f"action_entropy_coeff is {action_entropy_coeff}, expected 0: the model's reverse "
                 "actions are uniform, so that their entropy is the greatest there is."
             )
-        self.bootstrap = bool(bootstrap)
+        self.bootstrap = check_flag("bootstrap", bootstrap)
         if self.bootstrap and model.num_members == 1:
             raise ValueError("bootstrap is for ensembles, but the model has one member.")
         # Whether the entropy has no closed form.
@@ -184,11 +185,11 @@ class BacktrackLoss(LossModule):
             require_finite=False,
         )
         is_init = self._is_init(tensordict) if self.model.has_stop else None
-        finite = finite_rows(kept, state, action, next_state)
+        finite = rows_in_range(kept, state, action, next_state)
         if not self.mask_nonfinite:
             _refuse(
                 kept & ~finite,
-                f"NaN or infinite entries in {self.in_keys}, expected finite ones; mask them at "
+                f"NaN, infinite or huge entries in {self.in_keys}; mask them at "
                 "('collector', 'mask') or pass mask_nonfinite=True.",
             )
         kept = kept & finite

@@ -88,6 +88,8 @@ class RecallCheckpoint:
 
     def __init__(self, directory: str | Path, *, keep_last: int = 2, **components: Any) -> None:
         keep_last = check_at_least_one("keep_last", keep_last)
+        if not isinstance(directory, str | Path):
+            raise TypeError(f"directory must be a path, got {type(directory).__name__}.")
         if not components:
             raise ValueError("components must name at least one part to save, got none.")
         if "global_rng" in components:
@@ -109,19 +111,21 @@ class RecallCheckpoint:
         elif isinstance(part, Mapping):
             self.checkpoint.register(name, part)
             return
-        elif not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
+        elif isinstance(part, type) or not (
+            hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
+        ):
             raise TypeError(
                 f"{name} is a {type(part).__name__}, expected something with state_dict and "
                 "load_state_dict, a replay buffer, a torch.Generator or a dict."
             )
         self.checkpoint.register(name, part, adapter=_PlainFile())
 
-    def save(self, step: int, metadata: Mapping[str, Any] | None = None) -> Path:
+    def save(self, step: int, metadata: dict[str, Any] | None = None) -> Path:
         """Save all parts.
 
         Args:
             step (int): what this checkpoint is called by and ordered by, larger than those before.
-            metadata (mapping, optional): numbers and strings to note beside it.
+            metadata (dict, optional): numbers and strings to note beside it.
 
         Returns:
             Path: the new folder.
@@ -130,6 +134,10 @@ class RecallCheckpoint:
             ValueError: a checkpoint of this or a later step is there.
             OSError: it cannot be written; the ones before are as they were.
         """
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"step must be an int of at least 0, got {step!r}.")
+        if not (metadata is None or isinstance(metadata, dict)):
+            raise TypeError(f"metadata must be a dict, got {type(metadata).__name__}.")
         latest = self.latest_step()
         if latest is not None and step <= latest:
             raise ValueError(

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, get_args
 
 import torch
+from tensordict import NestedKey, unravel_key
 
 
 def check_at_least_one(name: str, value: Any) -> int:
     """Return ``value`` as an int of at least 1, or refuse it by name."""
-    if type(value) is int and value >= 1:
+    if type(value) is int and 1 <= value < 2**63:
         return value
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int of at least 1, got {type(value).__name__} {value}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
+    if value >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got {value}.")
+    return int(value)
+
+
+def check_size(name: str, value: Any) -> int:
+    """Return ``value`` as an int of at least 0, or refuse it by name."""
+    if type(value) is int and 0 <= value < 2**63:
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int of at least 0, got {type(value).__name__}.")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"{name} must be at least 0 (and below 2**63), got {value}.")
     return int(value)
 
 
 def check_interval(name: str, value: Any) -> tuple[float, float]:
     """Return ``value`` as an increasing pair of finite floats, or refuse it by name."""
     try:
-        low, high = (float(bound) for bound in value)
-    except (TypeError, ValueError):
+        low, high = (as_float(bound) for bound in value)
+    except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} must be a pair (low, high), got {value!r}.") from None
     if not -float("inf") < low < high < float("inf"):
         raise ValueError(f"{name} must be finite with low < high, got ({low}, {high}).")
@@ -35,16 +50,62 @@ def check_real(name: str, value: Any, low: float = -math.inf, high: float = math
     """Return ``value`` as a float in ``[low, high]``, or refuse it by name."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
-    number = float(value)
+    number = as_float(value)
     if not low <= number <= high:
         raise ValueError(f"{name} must lie in [{low}, {high}], got {value}.")
     return number
 
 
+def as_float(value: Real) -> float:
+    """Return a number as a float; an integer beyond all floats as infinity."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return ``value`` if it is True or False, or refuse it by name."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}.")
+    return value
+
+
+def check_key(name: str, key: Any) -> NestedKey:
+    """Return a key in its short form, or refuse it by name."""
+    try:
+        found = unravel_key(key)
+    except (RuntimeError, TypeError):
+        found = None
+    if not found:  # nor the empty tuple
+        raise TypeError(f"{name} must be a key, a string or a tuple of strings, got {key!r}.")
+    return found
+
+
+def check_keys(name: str, keys: Any) -> list[NestedKey]:
+    """Return a sequence of keys as a list, or refuse it by name; one string is one key."""
+    if isinstance(keys, str):
+        return [keys]
+    if not isinstance(keys, Sequence) or isinstance(keys, bytes):
+        raise TypeError(f"{name} must be a sequence of keys, got {type(keys).__name__}.")
+    return [check_key(name, key) for key in keys]
+
+
+def check_tensor(name: str, value: Any) -> torch.Tensor:
+    """Return ``value`` if it is a tensor that holds numbers, or refuse it by name."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
+    if value.is_meta:
+        raise ValueError(f"{name} is on the meta device, where tensors hold no numbers.")
+    return value
+
+
 def check_choice(name: str, value: Any, choices: Any) -> Any:
-    """Return ``value`` if it is one of a Literal's, or refuse it by name."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}.")
+    """Return ``value`` if it is one of a tuple's or a Literal's, or refuse it by name."""
+    choices = choices if isinstance(choices, tuple) else get_args(choices)
+    # Asked first, as `in` compares, and an array or a tensor answers that with another one.
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
     return value
 
 

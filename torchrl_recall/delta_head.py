@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchrl_recall.checks import check_tensor
 from torchrl_recall.heads import ClassDelta, NormalDelta, SupportDelta
 from torchrl_recall.mixture import MixtureDelta
 from torchrl_recall.observation import ObservationCodec
@@ -51,7 +52,7 @@ def build_delta_head(
             f"observation has {codec.num_states} joint states, too many to predict as classes; "
             "pass delta_support, the displacements s_t - s_{t+1} that can occur."
         )
-    support = torch.as_tensor(support)
+    support = check_tensor("delta_support", support)
     if support.ndim != 2 or support.shape[1] != codec.size or len(support) == 0:
         raise ValueError(
             f"delta_support has shape {tuple(support.shape)}, expected [M, {codec.size}] "

@@ -10,6 +10,8 @@ from tensordict import NestedKey, unravel_key
 from torch import Tensor
 from torchrl.envs import AsyncEnvPool, EnvBase, ParallelEnv, SerialEnv, TransformedEnv
 
+from torchrl_recall.checks import check_key, check_keys
+
 
 def model_arguments(
     env: EnvBase,
@@ -39,10 +41,8 @@ def model_arguments(
     """
     if not isinstance(env, EnvBase):
         raise TypeError(f"env must be a torchrl EnvBase, got {type(env).__name__}.")
-    if isinstance(observation_keys, str):
-        observation_keys = [observation_keys]
     specs = env.observation_spec_unbatched
-    is_init_key = unravel_key(is_init_key)
+    is_init_key = check_key("is_init_key", is_init_key)
     leaves = [unravel_key(key) for key in specs.keys(True, True)]
     if observation_keys is None:
         found = [key for key in leaves if key not in (is_init_key, "step_count")]
@@ -52,7 +52,7 @@ def model_arguments(
                 f"observation_keys must be named: the environment has {found} and none is "
                 "called 'observation'."
             )
-    observation_keys = [unravel_key(key) for key in observation_keys]
+    observation_keys = check_keys("observation_keys", observation_keys)
     missing = [key for key in observation_keys if key not in leaves]
     if missing:
         raise KeyError(f"observation_keys {missing} are not in the environment's {leaves}.")

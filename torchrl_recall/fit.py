@@ -17,11 +17,11 @@ from torchrl.data import ReplayBuffer, Storage
 from torchrl_recall.backtrack_loss import BacktrackLoss
 from torchrl_recall.checks import check_at_least_one, check_real
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.state_reading import stored_data
 from torchrl_recall.transitions import (
     ROWS_AT_ONCE,
     backward_log_prob,
     select_rows,
-    stored_transitions,
     usable_rows,
 )
 
@@ -72,6 +72,7 @@ def fit(
     patience: int | None = None,
     trajectory_key: NestedKey | None = ("collector", "traj_ids"),
     mask_nonfinite: bool = False,
+    loss: BacktrackLoss | None = None,
     update_statistics: bool = True,
     progress: bool = True,
     generator: torch.Generator | None = None,
@@ -90,6 +91,9 @@ def fit(
     resets by itself and ``"next"`` holds another episode's first state instead, that row is no
     step: mask it at ``("collector", "mask")``, or let TorchRL's ``NextStateReconstructor`` write
     NaN there and pass ``fit(model, buffer[:], mask_nonfinite=True)``.
+
+    Where many states and actions lead to one (walls, contact, absorbing states), a single Gaussian
+    becomes their moment match: see `torchrl_recall.diagnostics` for how it shows and what to do.
 
     Args:
         model (BacktrackModel): the model, fitted in place from where it is.
@@ -113,6 +117,8 @@ def fit(
         trajectory_key (NestedKey, optional): trajectory of each row, as TorchRL's collectors write
             it; it need not be there.
         mask_nonfinite (bool): leave out rows with NaN or infinite entries instead of refusing them.
+        loss (BacktrackLoss, optional): of this model, for its options: renamed keys, entropy of
+            reverse actions, bootstrap of members. Its ``reduction`` must be ``"mean"``.
         update_statistics (bool): merge the training rows into the model's running statistics.
         progress (bool): show a bar (tqdm), or a line for each evaluation where tqdm is missing.
         generator (torch.Generator, optional): on the CPU, draws the split and the order of rows;
@@ -145,7 +151,11 @@ def fit(
         >>> bool(history.held_out[-1] < history.held_out[0]), history.num_held_out
         (True, 50)
     """
-    loss = BacktrackLoss(model, mask_nonfinite=mask_nonfinite)
+    if loss is None:
+        loss = BacktrackLoss(model)
+    elif not isinstance(loss, BacktrackLoss) or loss.model is not model or loss.reduction != "mean":
+        raise ValueError("loss must be a BacktrackLoss of this very model with reduction='mean'.")
+    mask_nonfinite = bool(mask_nonfinite) or loss.mask_nonfinite
     batch_size = check_at_least_one("batch_size", batch_size)
     learning_rate = check_real("learning_rate", learning_rate, 0.0)
     share = check_real("held_out", held_out, 0.0, 1.0)
@@ -160,7 +170,7 @@ def fit(
         max_grad_norm = check_real("max_grad_norm", max_grad_norm, 0.0)
     if patience is not None and share == 0:
         raise ValueError("patience needs held_out rows, got held_out=0.")
-    data = select_rows(loss, stored_transitions(buffer), trajectory_key)
+    data = select_rows(loss, stored_data(buffer, "buffer"), trajectory_key)
     rows = usable_rows(loss, data, mask_nonfinite=mask_nonfinite).nonzero().squeeze(-1)
     trajectory = None
     if trajectory_key is not None and data.get(trajectory_key, default=None) is not None:
@@ -276,9 +286,13 @@ class _Run:
         """Return the mean negative log-likelihood of the held-out rows, as they are walked."""
         self.loss.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for rows in self.kept_out.split(max(self.batch_size, 4096)):
-            for term in backward_log_prob(self.loss, self.batch(rows)).values():
-                total -= term.double().sum()
+        if len(self.kept_out):
+            for rows in self.kept_out.split(max(self.batch_size, 4096)):
+                for term in backward_log_prob(self.loss, self.batch(rows)).values():
+                    total -= term.double().sum()
+        # For the steps that follow. Not the loss: it would merge batches into the statistics,
+        # which are complete.
+        self.model.train()
         return float(total) / len(self.kept_out) if len(self.kept_out) else math.nan
 
     def fit(
@@ -342,9 +356,6 @@ class _Run:
         self, rows: Tensor, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
     ) -> Tensor:
         """Take a gradient step on rows, and return their loss."""
-        # The loss merges batches into the statistics when it trains; those are complete.
-        self.loss.eval()
-        self.model.train()
         with torch.enable_grad():
             value = self.loss(self.batch(rows))["loss_backtrack"]
             optimizer.zero_grad()

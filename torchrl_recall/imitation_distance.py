@@ -1,6 +1,7 @@
 """How far a policy's action is from a trace's: what `RecallTraceLoss(loss_function=...)` minimises.
 
-For deterministic policies (TD3, DDPG), which have no log-probability to raise.
+For policies that have no log-probability to raise: deterministic ones (TD3, DDPG), by the distance
+of the actions; and those that take the best of all actions' values (DQN), by the values.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from tensordict import NestedKey
 from torch import Tensor, nn
 from torchrl.data.tensor_specs import Bounded, TensorSpec
 
-Distance = Literal["mse", "l1", "smooth_l1"]
+Distance = Literal["mse", "l1", "smooth_l1", "margin", "cross_entropy"]
+# These compare values of actions, the others actions.
+OF_VALUES = ("margin", "cross_entropy")
 
 _DISTANCES = {
     "mse": nn.functional.mse_loss,
@@ -92,6 +95,47 @@ def action_distance(
     distance = _DISTANCES[name](chosen, action.to(chosen.dtype), reduction="none")
     events = 1 if batch is None else distance.ndim - len(batch)
     return distance.flatten(-events).mean(-1) if events else distance
+
+
+def value_distance(name: Distance, values: Tensor, action: Tensor, margin: float) -> Tensor:
+    """Measure how far the action with the largest value is from a given one.
+
+    ``"margin"`` is ``max_a (Q(s, a) + margin 1[a ≠ a_t]) - Q(s, a_t)``, zero where the given action
+    leads by the margin (Hester et al., *Deep Q-learning from Demonstrations*, AAAI 2018,
+    https://arxiv.org/abs/1704.03732); ``"cross_entropy"`` takes values for logits.
+
+    Args:
+        name (str): which distance.
+        values (Tensor): of all actions, ``[*B, n]``.
+        action (Tensor): the given ones, one-hot ``[*B, n]`` or indices ``[*B]`` or ``[*B, 1]``.
+        margin (float): by which the given action is to lead, in the unit of values.
+
+    Returns:
+        Tensor: ``[*B]``.
+
+    Raises:
+        ValueError: shapes do not fit, or an index is floating-point.
+
+    Examples:
+        >>> value_distance("margin", torch.tensor([[1.0, 0.5]]), torch.tensor([1]), 0.8)
+        tensor([1.3000])
+        >>> value_distance("margin", torch.tensor([[1.0, 0.5]]), torch.tensor([0]), 0.8)
+        tensor([0.3000])
+    """
+    if action.shape == values.shape:
+        index = action.to(torch.int8).argmax(-1)
+    elif action.is_floating_point() or action.numel() != values[..., 0].numel():
+        raise ValueError(
+            f"the trace's action has shape {tuple(action.shape)} and dtype {action.dtype}, "
+            f"expected indices or one-hot rows for values of shape {tuple(values.shape)}."
+        )
+    else:
+        index = action.reshape(values.shape[:-1]).long()
+    given = nn.functional.one_hot(index, values.shape[-1]).bool()
+    taken = values.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    if name == "cross_entropy":
+        return values.logsumexp(-1) - taken
+    return torch.where(given, values, values + margin).amax(-1) - taken
 
 
 def chosen_action(data: Any, key: NestedKey, out_keys: Any) -> Tensor:

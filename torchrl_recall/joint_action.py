@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchrl.data.tensor_specs import Composite, TensorSpec
 
 from torchrl_recall.action import ActionCodec
+from torchrl_recall.checks import check_key
 from torchrl_recall.heads import TanhNormalHead
 from torchrl_recall.observation import as_mapping
 
@@ -243,7 +244,7 @@ def build_action(
         tuple: `ActionCodec` or `JointActionCodec`, and key or list of keys.
     """
     if not isinstance(action, Mapping | Composite):
-        return ActionCodec(action, *args, **kwargs), unravel_key(action_key)
+        return ActionCodec(action, *args, **kwargs), check_key("action_key", action_key)
     actions = as_mapping(action, None)
     if len(actions) == 1:
         ((key, one),) = actions.items()

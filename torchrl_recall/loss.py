@@ -17,13 +17,15 @@ from torchrl.data.tensor_specs import TensorSpec
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
-from torchrl_recall.checks import check_finite, check_real
+from torchrl_recall.checks import check_finite, check_flag, check_real
 from torchrl_recall.imitation_distance import (
+    OF_VALUES,
     Distance,
     action_distance,
     check_distance,
     chosen_action,
     half_range,
+    value_distance,
 )
 from torchrl_recall.imitation_weights import ImitationKeys, ImitationWeight
 from torchrl_recall.joint_action import as_keys
@@ -62,9 +64,12 @@ class RecallTraceLoss(LossModule):
         discount (float): factor ``discount^(T - 1 - t)`` of a step's weight, in [0, 1]: below 1
             what is nearer to the trace's end counts more.
         normalize_weights (bool): divide the weights by their mean over the kept steps.
-        loss_function (str, optional): ``"mse"``, ``"l1"`` or ``"smooth_l1"``: instead of ``-log π``
-            the distance of the actor's deterministic action from the trace's, mean over its
-            entries.
+        loss_function (str, optional): what to take instead of ``-log π``. ``"mse"``, ``"l1"`` or
+            ``"smooth_l1"``: the distance of the actor's deterministic action from the trace's, mean
+            over its entries. ``"margin"`` or ``"cross_entropy"``, for an actor that writes the
+            values of all actions (DQN): see `imitation_distance.value_distance`.
+        margin (float): by which the trace's action is to lead for ``"margin"``, at least 0, in the
+            unit of values.
         action_spec (TensorSpec, optional): with ``loss_function``: if bounded, distances are in
             units of half the action's range.
 
@@ -129,6 +134,7 @@ class RecallTraceLoss(LossModule):
         discount: float = 1.0,
         normalize_weights: bool = False,
         loss_function: Distance | None = None,
+        margin: float = 0.8,
         action_spec: TensorSpec | None = None,
     ) -> None:
         loss_function = check_distance(loss_function)
@@ -152,11 +158,12 @@ class RecallTraceLoss(LossModule):
             "backtrack_coeff", check_real("backtrack_coeff", backtrack_coeff)
         )
         self.loss_function = loss_function
+        self.margin = check_real("margin", margin, 0.0)
         self.register_buffer("half_range", half_range(action_spec), persistent=False)
         # In __dict__: the weight's networks are not this loss's, even if it is a module.
         object.__setattr__(self, "weight", weight)
         self.discount = check_real("discount", discount, 0.0, 1.0)
-        self.normalize_weights = bool(normalize_weights)
+        self.normalize_weights = check_flag("normalize_weights", normalize_weights)
         fitted = [] if self.backtrack is None else self.backtrack.out_keys
         self.out_keys: list[NestedKey] = [
             "loss_imitation",
@@ -256,12 +263,18 @@ class RecallTraceLoss(LossModule):
                     raise ValueError(f"loss_function is of one action, got {action_keys}.")
                 (action_key,), actor = action_keys, self.actor_network
                 action = cleaned.get(action_key)
+                if self.loss_function in OF_VALUES:
+                    value_key = self.tensor_keys.action_value
+                    values = chosen_action(actor(inputs), value_key, actor.out_keys)
+                    return value_distance(self.loss_function, values, action, self.margin)
                 chosen = chosen_action(actor(inputs), action_key, actor.out_keys)
                 batch = kept.shape if trace.ndim else None
                 return action_distance(self.loss_function, chosen, action, self.half_range, batch)
             distribution = self.actor_network.get_dist(inputs)
             batch = kept.shape if trace.ndim else None
-            return -policy_log_prob(distribution, cleaned, action_keys, batch)
+            log_prob = policy_log_prob(distribution, cleaned, action_keys, batch)
+        check_finite("the actor's log_prob at kept steps", log_prob.masked_fill(~kept, 0.0))
+        return -log_prob
 
     def _step_weight(
         self,

@@ -15,7 +15,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.objectives.common import LossModule
 
-from torchrl_recall.checks import check_finite
+from torchrl_recall.checks import check_choice, check_finite, check_tensor
 from torchrl_recall.joint_action import as_keys
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.observation import sorted_keys
@@ -25,9 +25,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 def check_reduction(reduction: str) -> Reduction:
     """Return ``reduction`` if there is such a one, or refuse it."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
-    return reduction
+    return check_choice("reduction", reduction, Reduction)
 
 
 def kept_rows(loss: LossModule, data: TensorDictBase) -> Tensor:
@@ -36,7 +34,9 @@ def kept_rows(loss: LossModule, data: TensorDictBase) -> Tensor:
     for key in loss._loss_mask_keys():
         mask = data.get(key, default=None)
         if mask is not None:
+            check_tensor(f"mask {key!r}", mask)
             kept = kept.to(mask.device) & loss._expand_loss_mask(mask, kept)
+    check_tensor("the data", kept)
     return kept
 
 
@@ -82,7 +82,7 @@ def blank_rows(
     for key, blank in blanks.items():
         value = data.get(key, default=None)
         # What is missing or has a wrong shape is refused, by name, where it is read.
-        if value is not None and value.shape[kept.ndim :] == blank.shape:
+        if isinstance(value, Tensor) and value.shape[kept.ndim :] == blank.shape:
             mask = kept.reshape(kept.shape + (1,) * blank.ndim)
             data.set(key, torch.where(mask, value, blank.to(value)))
     return data
@@ -90,7 +90,7 @@ def blank_rows(
 
 def one_each(data: TensorDictBase, value: Tensor, name: str) -> Tensor:
     """Return an entry with one number for each row as ``[*B]``, or refuse it by name."""
-    if value.numel() != data.shape.numel():
+    if check_tensor(name, value).numel() != data.shape.numel():
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, expected one entry for each of "
             f"{tuple(data.shape)} rows."
@@ -102,6 +102,23 @@ def finite_rows(kept: Tensor, *values: Tensor) -> Tensor:
     """Return ``[*B]``, shaped like ``kept``: whether all entries of a row are finite."""
     rows = [torch.isfinite(value).reshape(*kept.shape, -1).all(-1) for value in values]
     return torch.stack(rows).all(0)
+
+
+def rows_in_range(kept: Tensor, *values: Tensor) -> Tensor:
+    """Return ``[*B]``, shaped like ``kept``: whether a row can be fitted.
+
+    Finite is not enough: squares of its entries, and sums of such, must be finite, too.
+    """
+    rows = [(value.abs() <= _largest(value.dtype)).reshape(*kept.shape, -1) for value in values]
+    return torch.stack([row.all(-1) for row in rows]).all(0)
+
+
+def _largest(dtype: torch.dtype) -> float:
+    """Return a number whose square leaves room for sums: 2e16 in float32."""
+    if not dtype.is_floating_point:
+        return float("inf")
+    limit = torch.finfo(dtype).max
+    return limit**0.5 / 1024 if limit > 1e30 else limit
 
 
 def fill_rows(value: Tensor, kept: Tensor) -> Tensor:
@@ -144,7 +161,7 @@ def filled_entries(trace: TensorDictBase, keys: Iterable[NestedKey], kept: Tenso
             raise KeyError(
                 f"key {key!r} is missing from the trace, which has {sorted_keys(trace)}."
             )
-        value = fill_rows(value.detach(), kept)
+        value = fill_rows(check_tensor(f"trace {key!r}", value).detach(), kept)
         check_finite(f"trace {key!r} at kept steps", value)
         filled.set(key, value)
     return filled

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import EnvBase
 
-from torchrl_recall.checks import check_at_least_one, check_choice, check_interval
+from torchrl_recall.checks import check_at_least_one, check_choice, check_interval, check_key
 from torchrl_recall.delta_head import build_delta_head
 from torchrl_recall.ensemble import Ensemble, mixed_terms
 from torchrl_recall.environment_specs import model_arguments
@@ -138,7 +138,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
         self.action, self.action_key = build_action(
             action, action_key, action_range, uniform=uniform, **factory
         )
-        self.is_init_key = unravel_key(is_init_key)
+        self.is_init_key = check_key("is_init_key", is_init_key)
         self.delta_head = build_delta_head(
             self.observation, delta_support, delta_range, factory, num_components
         )

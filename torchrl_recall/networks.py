@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torchrl.modules import MLP
 
+from torchrl_recall.checks import check_flag
+
 # The names of a set's networks, on the model itself or on a member of an ensemble.
 NETWORKS = ("action_network", "delta_network", "stop_network")
 
@@ -40,6 +42,7 @@ def add_networks(model: Any, **options: Any) -> None:
         model (BacktrackModel): with its codecs and heads.
         **options: of `build_networks`.
     """
+    check_flag("stop", options["stop"])
     sets = [build_networks(model, **options) for _ in range(model.num_members)]
     if model.num_members == 1:
         for name, network in sets[0].items():

@@ -25,7 +25,14 @@ from torchrl.data.tensor_specs import (
     Unbounded,
 )
 
-from torchrl_recall.checks import check_at_least_one, check_device, check_finite, is_one_hot
+from torchrl_recall.checks import (
+    check_at_least_one,
+    check_device,
+    check_finite,
+    check_key,
+    check_keys,
+    is_one_hot,
+)
 from torchrl_recall.normalization import RunningNormalizer
 
 # A joint code makes small discrete spaces exactly tabular; beyond this it costs more than it gives.
@@ -70,7 +77,7 @@ class ObservationCodec(nn.Module):
         self.register_buffer("unit", torch.ones((), dtype=dtype, device=device), persistent=False)
         if not observations:
             raise ValueError("observation must name at least one key, got none.")
-        self.keys: list[NestedKey] = [unravel_key(key) for key in observations]
+        self.keys: list[NestedKey] = [check_key("observation", key) for key in observations]
         self.shapes: list[torch.Size] = []
         self.formats: list[str] = []
         self.dtypes: list[torch.dtype] = []
@@ -268,6 +275,8 @@ class ObservationCodec(nn.Module):
 
     @staticmethod
     def _check_shape(value: Tensor, shape: torch.Size, name: str, ndim: int | None) -> None:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
         found, event = value.shape, len(shape)
         batch = len(found) - event
         if batch < 0 or found[batch:] != shape or (ndim is not None and batch != ndim):
@@ -350,11 +359,11 @@ def as_mapping(observation: Any, keys: Sequence[NestedKey] | None) -> dict[Neste
         leaves = {unravel_key(key): spec for key, spec in observation.items(True, True)}
         observation = {key: spec[(0,) * batch] if batch else spec for key, spec in leaves.items()}
     if not isinstance(observation, Mapping):
-        keys = ["observation"] if keys is None else list(keys)
+        keys = ["observation"] if keys is None else check_keys("observation_keys", keys)
         if len(keys) != 1:
             raise ValueError(f"observation is one size or spec, but observation_keys are {keys}.")
         return {keys[0]: observation}
-    keys = list(observation) if keys is None else [unravel_key(key) for key in keys]
+    keys = list(observation) if keys is None else check_keys("observation_keys", keys)
     missing = [key for key in keys if key not in observation]
     if missing:
         raise KeyError(f"observation_keys {missing} are not in observation {list(observation)}.")

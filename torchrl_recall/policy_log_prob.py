@@ -116,4 +116,5 @@ def _log_prob(distribution: Any, action: Tensor, key: NestedKey) -> Tensor:
             f"trace {key!r} has shape {tuple(action.shape)}, but the actor's distribution is over "
             f"actions of shape {tuple(event)}."
         )
-    return distribution.log_prob(action)
+    # TorchRL's one-hot distributions cannot read the dtype of its one-hot specs.
+    return distribution.log_prob(action.long() if action.dtype == torch.bool else action)

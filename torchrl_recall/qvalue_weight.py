@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.objectives.common import LossModule
 
-from torchrl_recall.checks import check_finite
+from torchrl_recall.checks import check_finite, check_flag
 from torchrl_recall.imitation_weights import (
     ImitationKeys,
     PositivePart,
@@ -81,7 +81,7 @@ class QValueWeight(PositivePart):
             raise ValueError("expected one of actor and critic, which say V, got both or neither.")
         self.actor = None if actor is None else check_network("actor", actor)
         self.critic = None if critic is None else check_network("critic", critic)
-        self.gate = bool(gate)
+        self.gate = check_flag("gate", gate)
 
     def _network(self) -> Any:
         network: Any = self.qvalue_network

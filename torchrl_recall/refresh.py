@@ -13,13 +13,14 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_at_least_one, check_real
+from torchrl_recall.checks import check_at_least_one, check_choice, check_key, check_real
 from torchrl_recall.priorities.ages import BLOCK_ENTRIES, BlockAges
 from torchrl_recall.priorities.returns import ReturnsToGo
 from torchrl_recall.stored_rows import LocalRows, RemoteRows, Ring, rows_of
 from torchrl_recall.values import (
     DEFAULT_CHUNK,
     bootstrapped_value,
+    check_network,
     next_state_value,
     one_each,
 )
@@ -118,12 +119,7 @@ class ValueRefresh:
         trajectory_key: NestedKey | None = ("collector", "traj_ids"),
         value_key: NestedKey = "state_value",
     ) -> None:
-        if not isinstance(value_network, TensorDictModuleBase):
-            raise TypeError(
-                f"value_network must be a TensorDictModule, got {type(value_network).__name__}"
-            )
-        if target not in TARGETS:
-            raise ValueError(f"target must be one of {TARGETS}, got {target!r}")
+        check_network(value_network)
         if isinstance(slice_size, float):
             if not 0 < slice_size <= 1:
                 raise ValueError(f"slice_size as a share must be in (0, 1], got {slice_size}")
@@ -133,10 +129,15 @@ class ValueRefresh:
             chunk_size = DEFAULT_CHUNK
         self.buffer, self.value_network, self.sampler = buffer, value_network, sampler
         self.gamma = check_real("gamma", gamma, 0.0, 1.0)
-        self.target, self.slice_size = target, slice_size
+        self.target, self.slice_size = check_choice("target", target, TARGETS), slice_size
         self.chunk_size = check_at_least_one("chunk_size", chunk_size)
-        self.reward_key, self.terminated_key, self.done_key = reward_key, terminated_key, done_key
-        self.trajectory_key, self.value_key = trajectory_key, value_key
+        self.reward_key = check_key("reward_key", reward_key)
+        self.terminated_key = check_key("terminated_key", terminated_key)
+        self.done_key = check_key("done_key", done_key)
+        self.value_key = check_key("value_key", value_key)
+        if trajectory_key is not None:
+            trajectory_key = check_key("trajectory_key", trajectory_key)
+        self.trajectory_key = trajectory_key
         self._rows()
         self.reset()
 

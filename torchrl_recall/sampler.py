@@ -16,7 +16,7 @@ from tensordict import NestedKey
 from torch import Tensor
 from torchrl.data.replay_buffers.samplers import Sampler
 
-from torchrl_recall.checks import check_at_least_one
+from torchrl_recall.checks import check_at_least_one, check_choice, check_key, check_size
 from torchrl_recall.priorities.arguments import (
     flat_index,
     is_plain,
@@ -151,16 +151,16 @@ class ValuePrioritizedSampler(SavedSampler):
     ) -> None:
         # PrioritizedSampler.__init__ would build the trees of TorchRL's extension.
         Sampler.__init__(self)
-        if dtype not in DTYPES.values():
+        if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
         given = Parameters(mode, top, temperature, min_value, alpha, eps, uniform_share)
         self._parameters = checked_parameters(given._asdict())
         self.beta = beta
         self._max_capacity = check_at_least_one("max_capacity", max_capacity)
         self.dtype = dtype
-        self.reduction = reduction
+        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
+        if trajectory_key is not None:
+            trajectory_key = check_key("trajectory_key", trajectory_key)
         self.trajectory_key = trajectory_key
         self._device = None if device is None else torch.device(device)
         self._warned = False
@@ -227,6 +227,7 @@ class ValuePrioritizedSampler(SavedSampler):
         """
         if len(storage) == 0:
             raise RuntimeError("Cannot sample from an empty storage.")
+        check_size("batch_size", batch_size)
         self._maybe_init_from_storage(storage)
         with self._lock:
             generator = self._rng

@@ -17,6 +17,7 @@ from tensordict import MemoryMappedTensor
 from torch import Tensor
 from torchrl.data import PrioritizedSampler
 
+from torchrl_recall.checks import check_size, check_tensor
 from torchrl_recall.native import interface
 from torchrl_recall.priorities.levels import TorchPriorities
 from torchrl_recall.priorities.native import NativePriorities
@@ -101,11 +102,16 @@ class SavedSampler(PrioritizedSampler):
             raise KeyError(f"state_dict lacks {missing}; is it from a ValuePrioritizedSampler?")
         parameters = checked_parameters({name: state_dict[name] for name in Parameters._fields})
         beta = checked_parameter("beta", state_dict["beta"])
-        saved = state_dict["_values"].detach()
+        saved = check_tensor("_values", state_dict["_values"]).detach()
+        if saved.ndim != 1 or not saved.is_floating_point() or not saved.numel():
+            raise ValueError(
+                f"_values must be floats of shape [n], got {saved.dtype} of {tuple(saved.shape)}"
+            )
+        oldest = check_size("_oldest", state_dict["_oldest"])
         values = saved.to(self._priorities.values)
         # A float64 value may be too large for float32.
         values = values.masked_fill(values.isinf() & (saved != -math.inf).to(self.device), math.nan)
-        oldest, capacity = int(state_dict["_oldest"]), max(self._max_capacity, values.numel())
+        capacity = max(self._max_capacity, values.numel())
         with self._lock:
             # All at last: where memory runs out, what was there stays.
             self._priorities = self._holding(values, capacity)

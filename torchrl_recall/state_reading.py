@@ -107,11 +107,12 @@ def check_positive(name: str, value: Any) -> Tensor:
     return numbers
 
 
-def stored_data(data: Any) -> TensorDictBase:
+def stored_data(data: Any, name: str = "data") -> TensorDictBase:
     """Return what a buffer or storage holds, past the buffer's transforms, without a copy.
 
     Args:
         data (TensorDictBase, Storage or ReplayBuffer): real data.
+        name (str): name of the argument, for refusals.
 
     Returns:
         TensorDictBase: all of it, as the storage holds it.
@@ -124,17 +125,17 @@ def stored_data(data: Any) -> TensorDictBase:
     if isinstance(source, Storage):
         stored: Any = source
         if len(stored) == 0:
-            raise ValueError("data is empty: nothing is stored yet.")
+            raise ValueError(f"{name} is empty: nothing is stored yet.")
         source = stored[:]
         if isinstance(source, list) and isinstance(source[0], TensorDictBase):
             source = LazyStackedTensorDict.lazy_stack(source)
     if not isinstance(source, TensorDictBase):
         raise TypeError(
-            "data must be a TensorDict, or a Storage or ReplayBuffer that holds TensorDicts, got "
-            f"{type(data).__name__} with {type(source).__name__}."
+            f"{name} must be a TensorDict, or a Storage or ReplayBuffer that holds TensorDicts, "
+            f"got {type(data).__name__} with {type(source).__name__}."
         )
     if source.shape.numel() == 0:
-        raise ValueError(f"data is empty: batch size {tuple(source.shape)}.")
+        raise ValueError(f"{name} is empty: batch size {tuple(source.shape)}.")
     return source if source.ndim else source.unsqueeze(0)
 
 

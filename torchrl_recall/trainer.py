@@ -16,7 +16,9 @@ from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import TrainerHookBase
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
+from torchrl_recall.checks import check_flag
 from torchrl_recall.loss import RecallTraceLoss
+from torchrl_recall.masking import one_each
 
 
 class RecallTraceHook(TrainerHookBase):
@@ -93,7 +95,7 @@ class RecallTraceHook(TrainerHookBase):
         self.recall_buffer = recall_buffer
         self.recall_loss = recall_loss
         self.model_loss = model_loss
-        self.extend = bool(extend)
+        self.extend = check_flag("extend", extend)
         self.refresh = refresh
         self._trainer: Trainer | None = None
         self._awaits_batch = False
@@ -110,6 +112,12 @@ class RecallTraceHook(TrainerHookBase):
             TypeError: the trainer's loss is not a module.
             ValueError: the trainer's optimizer lacks parameters of the model.
         """
+        for part in ("loss_module", "optimizer", "register_op", "register_module"):
+            if not hasattr(trainer, part):
+                raise TypeError(
+                    f"trainer must be a torchrl Trainer, got {type(trainer).__name__} without "
+                    f"{part}."
+                )
         loss_module: Any = trainer.loss_module
         if not isinstance(loss_module, nn.Module):
             raise TypeError(
@@ -144,8 +152,12 @@ class RecallTraceHook(TrainerHookBase):
     def _extend(self, batch: TensorDictBase | None) -> TensorDictBase | None:
         # Once for each collected batch, whatever the number of epochs.
         if self._awaits_batch and batch is not None:
+            if not isinstance(batch, TensorDictBase):
+                raise TypeError(f"batch must be a TensorDict, got {type(batch).__name__}.")
             kept = batch.get(("collector", "mask"), default=None)
-            rows: Any = batch.reshape(-1) if kept is None else batch[kept]
+            rows: Any = batch if batch.ndim == 1 else batch.reshape(-1)
+            if kept is not None:
+                rows = rows[one_each(batch, kept, "('collector', 'mask')").bool().reshape(-1)]
             self.recall_buffer.extend(rows)
         self._awaits_batch = False
         return batch

@@ -12,17 +12,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tensordict import (
-    LazyStackedTensorDict,
-    NestedKey,
-    TensorDict,
-    TensorDictBase,
-    unravel_key,
-)
+from tensordict import LazyStackedTensorDict, NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.envs.transforms import Transform
 
-from torchrl_recall.checks import check_at_least_one, check_device, check_real
+from torchrl_recall.checks import (
+    check_at_least_one,
+    check_choice,
+    check_device,
+    check_flag,
+    check_key,
+    check_keys,
+    check_real,
+)
 from torchrl_recall.masking import blank_rows, one_each
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.observation import sorted_keys
@@ -135,8 +137,8 @@ class BacktrackTransform(Transform):
             if not callable(start):
                 raise TypeError(f"start must be a StartStates, got {type(start).__name__}.")
             in_keys = []
-        in_keys = model.next_observation_keys if in_keys is None else _as_list(in_keys)
-        out_keys = ["trace"] if out_keys is None else _as_list(out_keys)
+        in_keys = model.next_observation_keys if in_keys is None else check_keys("in_keys", in_keys)
+        out_keys = ["trace"] if out_keys is None else check_keys("out_keys", out_keys)
         if start is None and len(in_keys) != len(model.observation_keys):
             raise ValueError(
                 f"in_keys {in_keys} must match the model's {model.observation_keys} one for one."
@@ -144,7 +146,7 @@ class BacktrackTransform(Transform):
         if len(out_keys) != 1:
             raise ValueError(f"out_keys must name one key for the traces, got {out_keys}.")
         super().__init__(in_keys=in_keys, out_keys=out_keys)
-        if callable(masks):
+        if not isinstance(masks, Sequence):
             raise TypeError(f"masks must be a sequence of TraceMasks, got {type(masks).__name__}.")
         # In __dict__, or buffers would move it, switch it to eval and save it a second time.
         self.__dict__.update(model=model, start=start, masks=list(masks), support=support)
@@ -158,14 +160,10 @@ class BacktrackTransform(Transform):
         self.num_traces = (
             None if num_traces is None else check_at_least_one("num_traces", num_traces)
         )
-        self.last_visit = bool(last_visit)
-        self.value_key = unravel_key(value_key)
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
-        self.backend: Backend = backend
-        self.precision: Precision = precision
+        self.last_visit = check_flag("last_visit", last_visit)
+        self.value_key = check_key("value_key", value_key)
+        self.backend: Backend = check_choice("backend", backend, BACKENDS)
+        self.precision: Precision = check_choice("precision", precision, PRECISIONS)
         if min_value is not None:
             min_value = check_real("min_value", min_value)
         self.min_value = min_value

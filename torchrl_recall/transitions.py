@@ -1,66 +1,20 @@
-"""Real transitions as `fit` and the diagnostics take them: out of a buffer, and which rows count.
-
-Rows are read from the storage as they were written; nothing is drawn, and no transform runs.
-"""
+"""Real transitions for `fit` and the diagnostics: which entries, which rows, how likely."""
 
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
 from typing import Any
 
 import torch
-from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor, nn
-from torchrl.data import ReplayBuffer, Storage
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
-from torchrl_recall.masking import blank_rows, finite_rows, kept_rows
+from torchrl_recall.masking import blank_rows, kept_rows, rows_in_range
 from torchrl_recall.observation import sorted_keys
 
 # Rows looked at together: memory for a copy of so many, whatever the size of the storage.
 ROWS_AT_ONCE = 65536
-
-
-def stored_transitions(buffer: ReplayBuffer | Storage | TensorDictBase) -> TensorDictBase:
-    """Return what a buffer holds as a TensorDict ``[N]``, without its sampler and transforms.
-
-    Args:
-        buffer (ReplayBuffer, Storage or TensorDictBase): transitions in any batch shape.
-
-    Returns:
-        TensorDictBase: views of the storage where it holds tensors.
-
-    Raises:
-        TypeError: not a buffer, or one whose storage is in another process or holds no TensorDicts.
-        ValueError: nothing is stored.
-    """
-    if isinstance(buffer, TensorDictBase):
-        data: Any = buffer
-    else:
-        with ExitStack() as stack:
-            local = isinstance(buffer, ReplayBuffer)
-            storage: Any = getattr(buffer, "storage", None) if local else buffer
-            if not issubclass(type(storage), Storage):
-                raise TypeError(
-                    "buffer must be a ReplayBuffer with its storage in this process, a Storage or "
-                    f"a TensorDict, got {type(buffer).__name__}; read a remote one: buffer[:]."
-                )
-            if isinstance(buffer, ReplayBuffer):
-                stack.enter_context(buffer._replay_lock)
-                stack.enter_context(buffer._write_lock)
-            stored = len(storage)
-            if stored == 0:
-                raise ValueError("buffer is empty, expected transitions.")
-            width = 1 if storage.ndim == 1 else storage.shape[1:].numel()
-            data = storage.get(slice(0, -(-stored // width)))
-            if isinstance(data, list) and isinstance(data[0], TensorDictBase):
-                data = LazyStackedTensorDict.lazy_stack(data)
-    if not isinstance(data, TensorDictBase):
-        raise TypeError(f"buffer must hold TensorDicts, got {type(data).__name__}.")
-    if data.ndim == 0 or data.shape.numel() == 0:
-        raise ValueError(f"buffer is empty: batch size {tuple(data.shape)}, expected transitions.")
-    return data
 
 
 def select_rows(
@@ -148,12 +102,12 @@ def usable_rows(loss: BacktrackLoss, data: TensorDictBase, *, mask_nonfinite: bo
             action_key=action_key,
             require_finite=False,
         )
-        finite = finite_rows(kept, state, action, next_state)
+        finite = rows_in_range(kept, state, action, next_state)
         refused += int((kept & ~finite).sum())
         parts.append((kept & finite).cpu())
     if refused and not mask_nonfinite:
         raise ValueError(
-            f"{refused} of {len(data)} transitions have NaN or infinite entries in {loss.in_keys}, "
-            "expected finite ones; pass mask_nonfinite=True to leave them out."
+            f"{refused} of {len(data)} transitions have NaN, infinite or huge entries "
+            f"in {loss.in_keys}, expected finite ones; pass mask_nonfinite=True to leave them out."
         )
     return torch.cat(parts)

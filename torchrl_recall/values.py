@@ -13,7 +13,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer, Storage
 
-from torchrl_recall.checks import check_at_least_one, check_real
+from torchrl_recall.checks import check_at_least_one, check_key, check_real, check_tensor
 
 # Bounds the activations of the value network, whatever the size of the storage.
 DEFAULT_CHUNK = 65_536
@@ -67,6 +67,9 @@ def transition_value(
         tensor([2.5000, 1.0000])
     """
     gamma = check_real("gamma", gamma, 0.0, 1.0)
+    check_network(value_network)
+    keys = {"reward_key": reward_key, "terminated_key": terminated_key, "value_key": value_key}
+    reward_key, terminated_key, value_key = (check_key(*pair) for pair in keys.items())
     if chunk_size is None:
         chunk_size = DEFAULT_CHUNK
     chunk_size = check_at_least_one("chunk_size", chunk_size)
@@ -88,9 +91,9 @@ def transition_value(
         source = source.unsqueeze(0)
 
     rows = max(1, chunk_size // max(1, source.shape[1:].numel()))
-    keys = (reward_key, terminated_key, value_key)
+    options: Any = (gamma, reward_key, terminated_key, value_key)
     results = [
-        bootstrapped_value(source[start : start + rows], value_network, gamma, *keys)
+        bootstrapped_value(source[start : start + rows], value_network, *options)
         for start in range(0, len(source), rows)
     ]
     return torch.cat(results).reshape(batch_size) if results else torch.zeros(batch_size)
@@ -135,7 +138,15 @@ def entry(data: TensorDictBase, key: NestedKey) -> Tensor:
     value: Any = data.get(key, None)
     if value is None:
         raise KeyError(f"no entry {key!r} among {sorted(map(str, data.keys(True, True)))}")
-    return value
+    return check_tensor(repr(key), value)
+
+
+def check_network(value_network: Any) -> None:
+    """Refuse what is no value network."""
+    if not isinstance(value_network, TensorDictModuleBase):
+        raise TypeError(
+            f"value_network must be a TensorDictModule, got {type(value_network).__name__}"
+        )
 
 
 def one_each(data: TensorDictBase, key: NestedKey) -> Tensor:

@@ -111,6 +111,16 @@ def every_head():
         all_calls(make_model(observation, action, dtype=F32, stop=stop))
 
 
+def every_option():
+    options = {"num_components": 3}, {"reverse_action": "uniform"}
+    for action, option in itertools.product(("tanh", "categorical"), options):
+        for cells in ((), (33,)):
+            model = make_model("normal", action, dtype=F32, num_cells=cells, stop=True, **option)
+            all_calls(model, rows=(7, 65), steps=(2,))
+    for action in ("tanh", "categorical"):
+        all_calls(make_model("support", action, dtype=F32, reverse_action="uniform"))
+
+
 def every_network():
     for cells, (observation, action) in itertools.product(
         LAYERS, (("normal", "tanh"), ("support", "normal"), ("class", "categorical"))
@@ -241,6 +251,7 @@ def changed_parameters():
 
 PARTS = (
     every_head,
+    every_option,
     every_network,
     every_activation,
     broken_parameters,

@@ -129,8 +129,8 @@ class RecallTraces:
         self.model_buffer = TensorDictReplayBuffer(
             storage=storage, writer=self.recall_buffer.writer, batch_size=settings.model_batch
         )
-        self.model_loss = BacktrackLoss(self.model)
-        self.recall_loss = self.make_loss()
+        self.model_loss = self.make_model_loss()
+        self.recall_loss = self.make_recall_loss()
         self.optimizer = torch.optim.Adam(self.model_loss.parameters(), settings.learning_rate)
         self.found = False
         self.visits = torch.zeros(settings.size**2, dtype=torch.int64, device=env.device)
@@ -144,7 +144,11 @@ class RecallTraces:
         num_steps = self.settings.trace_length * self.settings.size
         return BacktrackTransform(self.model, num_steps=num_steps, in_keys=in_keys)
 
-    def make_loss(self) -> RecallTraceLoss:
+    def make_model_loss(self) -> BacktrackLoss:
+        """Build what fits the model."""
+        return BacktrackLoss(self.model)
+
+    def make_recall_loss(self) -> RecallTraceLoss:
         """Build the imitation."""
         return RecallTraceLoss(self.a2c.actor, imitation_coeff=self.settings.imitation_coeff)
 

@@ -10,7 +10,7 @@ is the model right?             `held_out_likelihood`; on a maze, exactly, `maze
 do traces follow the posterior? `variational_bound`; on a maze `maze_bound`, `maze_gap`
 is its spread right?            `calibration`
 where do traces really lead?    `compounding_error`
-are traces where data are?      `distance_to_data`, `never_visited`
+are traces where data are?      `distance_to_data`, `outside_support`, `never_visited`
 what has been reached?          `goal_coverage`
 ==============================  ==============================================================
 
@@ -20,7 +20,8 @@ then becomes the *moment match*: mean and variance are right, the shape is not, 
 between and beyond the real ones. It shows in `calibration` on the rows concerned while the
 likelihood looks good on average, in `distance_to_data`, and in the replayed error. What to do: a
 mixture (``num_components``) or an ensemble, which can hold several modes; ``delta_support`` where
-steps lie on a lattice; and short traces. Resets are none of this: a reset is no step, see
+steps lie on a lattice; an observation that tells contact from near contact, since networks are
+continuous; and short traces. Resets are none of this: a reset is no step, see
 `torchrl_recall.fit`.
 """
 
@@ -33,9 +34,10 @@ from torchrl_recall.diagnostics.compounding import (
 from torchrl_recall.diagnostics.coverage import GoalCoverage, goal_coverage, reached_goals
 from torchrl_recall.diagnostics.distance import (
     DistanceToData,
-    NeverVisited,
+    OutsideData,
     distance_to_data,
     never_visited,
+    outside_support,
 )
 from torchrl_recall.diagnostics.divergence import (
     MazeDivergence,
@@ -70,7 +72,7 @@ __all__ = [
     "GoalCoverage",
     "MazeDivergence",
     "NegativeLogLikelihood",
-    "NeverVisited",
+    "OutsideData",
     "calibration",
     "compounding_error",
     "distance_to_data",
@@ -84,6 +86,7 @@ __all__ = [
     "maze_gap",
     "mujoco_step",
     "never_visited",
+    "outside_support",
     "plot_bound",
     "plot_calibration",
     "plot_compounding_error",

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from tensordict import NestedKey, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from torchrl_recall.checks import check_at_least_one
-from torchrl_recall.observation import sorted_keys
+from torchrl_recall.state_reading import as_keys, entry, trace_states
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -39,7 +39,8 @@ class CompoundingError(NamedTuple):
     num_traces: Tensor
     """Traces that counted, int64 ``[K]``."""
     path: Tensor
-    """Median error after 1, 2, ... steps of the longest replay, ``[max(steps)]``."""
+    """Median error after 1, 2, ... steps of the longest replay, ``[max(steps)]``. Where friction
+    forgets where a replay began, errors begin large here and end small."""
 
     def scalars(self) -> dict[str, float]:
         """Numbers for a logger."""
@@ -167,24 +168,11 @@ def replay_error(states: Tensor, actions: Tensor, step: Step, scale: Tensor, k: 
 
 def _columns(trace, observation_keys, action_key) -> tuple[Tensor, Tensor, Tensor]:
     """States ``[N, T + 1, D]``, actions ``[N, T, *A]`` and mask ``[N, T]``."""
-    keys = observation_keys if isinstance(observation_keys, list) else [observation_keys]
     if trace.ndim == 0 or trace.shape.numel() == 0:
         raise ValueError(f"trace has batch size {tuple(trace.shape)}, expected [*B, T].")
     trace = trace.reshape(-1, trace.shape[-1])
-
-    def read(key) -> Tensor:
-        value = trace.get(key, default=None)
-        if value is None:
-            raise KeyError(f"key {key!r} is missing from the trace: {sorted_keys(trace)}.")
-        return value
-
-    def state(prefix) -> Tensor:
-        parts = [read(unravel_key((*prefix, key))) for key in keys]
-        return torch.cat([part.reshape(*trace.shape, -1) for part in parts], -1)
-
-    following = state(("next",))
-    states = torch.cat([state(()), following[:, -1:]], 1)
+    states = trace_states(trace, as_keys("observation_keys", observation_keys))
     mask = trace.get(("collector", "mask"), default=None)
     if mask is None:
         mask = torch.ones(trace.shape, dtype=torch.bool, device=states.device)
-    return states, read(action_key), mask.reshape(trace.shape)
+    return states, entry(trace, action_key, "the trace"), mask.reshape(trace.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -36,8 +37,8 @@ class DistanceToData(NamedTuple):
         }
 
 
-class NeverVisited(NamedTuple):
-    """Share of a trace's discrete states that the data never visited."""
+class OutsideData(NamedTuple):
+    """Share of a trace's states that are outside the data."""
 
     share: Tensor
     """Over kept steps; NaN if there is none."""
@@ -57,7 +58,7 @@ def distance_to_data(
     scale: Tensor | None = None,
     mask: Tensor | None = None,
     quantile: float = 0.95,
-    num_neighbors: int = 1,
+    num_neighbours: int = 1,
 ) -> DistanceToData:
     """Measure how far traces are from real states, in units of what is usual among these.
 
@@ -71,7 +72,7 @@ def distance_to_data(
             deviation of ``reference`` (1 where that is 0).
         mask (Tensor, optional): ``[*B, T]`` bool, True = keep.
         quantile (float): of the data's own distances, beyond which a step is outside.
-        num_neighbors (int): which neighbour's distance to take; more is steadier.
+        num_neighbours (int): which neighbour's distance to take; more is steadier.
 
     Returns:
         DistanceToData: distances, threshold and shares.
@@ -87,12 +88,12 @@ def distance_to_data(
         >>> found.outside_by_step.tolist()
         [0.0, 0.0, 1.0]
     """
-    num_neighbors = check_at_least_one("num_neighbors", num_neighbors)
+    num_neighbours = check_at_least_one("num_neighbours", num_neighbours)
     quantile = check_real("quantile", quantile, 0.0, 1.0)
-    if reference.ndim != 2 or len(reference) <= num_neighbors:
+    if reference.ndim != 2 or len(reference) <= num_neighbours:
         raise ValueError(
             f"reference has shape {tuple(reference.shape)}, expected [M, D] with more than "
-            f"{num_neighbors} rows."
+            f"{num_neighbours} rows."
         )
     if states.ndim < 2 or states.shape[-1] != reference.shape[-1]:
         raise ValueError(
@@ -107,8 +108,8 @@ def distance_to_data(
     check_finite("reference", reference)
     check_finite("states", states[mask])
     reference = reference / scale
-    found = nearest_distance(states[mask] / scale, reference, num_neighbors)
-    own = nearest_distance(reference, reference, num_neighbors, leave_one_out=True)
+    found = nearest_distance(states[mask] / scale, reference, num_neighbours)
+    own = nearest_distance(reference, reference, num_neighbours, leave_one_out=True)
     threshold = own.quantile(quantile)
     distance = torch.full_like(mask, torch.nan, dtype=found.dtype)
     distance[mask] = found
@@ -119,14 +120,14 @@ def distance_to_data(
 
 
 def nearest_distance(
-    states: Tensor, reference: Tensor, num_neighbors: int = 1, *, leave_one_out: bool = False
+    states: Tensor, reference: Tensor, num_neighbours: int = 1, *, leave_one_out: bool = False
 ) -> Tensor:
     """Return the distance of each state to its nearest (or n-th nearest) real one.
 
     Args:
         states (Tensor): ``[N, D]``.
         reference (Tensor): ``[M, D]``, in the same units.
-        num_neighbors (int): which neighbour.
+        num_neighbours (int): which neighbour.
         leave_one_out (bool): ``states`` is ``reference``, and no row is its own neighbour.
 
     Returns:
@@ -139,12 +140,12 @@ def nearest_distance(
         pairs = torch.cdist(part, reference, compute_mode="donot_use_mm_for_euclid_dist")
         if leave_one_out:
             pairs.diagonal(start).fill_(torch.inf)
-        parts.append(pairs.kthvalue(num_neighbors, -1).values)
+        parts.append(pairs.kthvalue(num_neighbours, -1).values)
     return torch.cat(parts) if parts else states.new_zeros(0)
 
 
 @torch.no_grad()
-def never_visited(states: Tensor, visits: Tensor, mask: Tensor | None = None) -> NeverVisited:
+def never_visited(states: Tensor, visits: Tensor, mask: Tensor | None = None) -> OutsideData:
     """Count steps of traces in discrete states that data never visited.
 
     Args:
@@ -154,7 +155,7 @@ def never_visited(states: Tensor, visits: Tensor, mask: Tensor | None = None) ->
         mask (Tensor, optional): ``[*B, T]`` bool, True = keep.
 
     Returns:
-        NeverVisited: the share, overall and by step.
+        OutsideData: the share, overall and by step.
 
     Raises:
         ValueError: an index outside ``visits``, wrong shapes, or no kept step.
@@ -173,7 +174,42 @@ def never_visited(states: Tensor, visits: Tensor, mask: Tensor | None = None) ->
         )
     new = torch.zeros_like(mask)
     new[mask] = visits[kept] == 0
-    return NeverVisited(new[mask].float().mean(), _by_step(new, mask))
+    return OutsideData(new[mask].float().mean(), _by_step(new, mask))
+
+
+@torch.no_grad()
+def outside_support(
+    states: Tensor, support: Callable[[Tensor], Tensor], mask: Tensor | None = None
+) -> OutsideData:
+    """Count steps of traces outside a support, for example the one that walks are kept in.
+
+    Args:
+        states (Tensor): ``[*B, T, D]`` states of traces, oldest step first.
+        support (callable): states to ``[*B, T]`` bool, True = inside:
+            `torchrl_recall.support.DataSupport`, `torchrl_recall.cell_support.CellSupport`.
+        mask (Tensor, optional): ``[*B, T]`` bool, True = keep.
+
+    Returns:
+        OutsideData: the share, overall and by step.
+
+    Raises:
+        ValueError: wrong shapes, or no kept step.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_recall.diagnostics import outside_support
+        >>> states = torch.tensor([[[0.1], [0.2]], [[7.0], [0.3]]])
+        >>> outside_support(states, lambda s: s[..., 0] < 1).by_step.tolist()
+        [0.5, 0.0]
+    """
+    inside = support(states)
+    if inside.shape != states.shape[:-1] or inside.dtype != torch.bool:
+        raise ValueError(
+            f"support returned {inside.dtype} of shape {tuple(inside.shape)}, expected bool "
+            f"{tuple(states.shape[:-1])}."
+        )
+    mask = _mask_like(mask, states[..., 0])
+    return OutsideData((~inside)[mask].float().mean(), _by_step(~inside, mask))
 
 
 def _mask_like(mask: Tensor | None, steps: Tensor) -> Tensor:

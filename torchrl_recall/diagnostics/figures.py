@@ -14,7 +14,7 @@ import torch
 from torchrl_recall.diagnostics.bound import Bound
 from torchrl_recall.diagnostics.compounding import CompoundingError
 from torchrl_recall.diagnostics.coverage import GoalCoverage
-from torchrl_recall.diagnostics.distance import DistanceToData, NeverVisited
+from torchrl_recall.diagnostics.distance import DistanceToData, OutsideData
 from torchrl_recall.diagnostics.divergence import MazeDivergence
 from torchrl_recall.diagnostics.uniformity import Calibration
 from torchrl_recall.fit import FitHistory
@@ -178,11 +178,11 @@ def plot_compounding_error(errors: CompoundingError | Mapping[str, CompoundingEr
     return figure
 
 
-def plot_distance(found: DistanceToData | NeverVisited) -> Any:
+def plot_distance(found: DistanceToData | OutsideData) -> Any:
     """Draw the share of steps outside the data, by how far they are from the trace's end.
 
     Args:
-        found (DistanceToData or NeverVisited): from `distance_to_data` or `never_visited`.
+        found (DistanceToData or OutsideData): from `distance_to_data` or `never_visited`.
 
     Returns:
         matplotlib.figure.Figure: the picture.
@@ -198,7 +198,7 @@ def plot_distance(found: DistanceToData | NeverVisited) -> Any:
     nearby = isinstance(found, DistanceToData)
     by_step = found.outside_by_step if nearby else found.by_step
     back = range(len(by_step), 0, -1)
-    label = "beyond the data's own quantile" if nearby else "never visited"
+    label = "beyond the data's own quantile" if nearby else "outside"
     axes.plot(back, by_step.cpu().numpy(), color=BLUE, marker="o", markersize=3, label=label)
     axes.set_xlabel("steps before the end of the trace")
     axes.set_ylabel("share of states")
@@ -278,7 +278,7 @@ PLOTS: dict[type, Any] = {
     Calibration: plot_calibration,
     CompoundingError: plot_compounding_error,
     DistanceToData: plot_distance,
-    NeverVisited: plot_distance,
+    OutsideData: plot_distance,
     GoalCoverage: plot_goal_coverage,
     FitHistory: plot_fit,
 }

@@ -14,9 +14,11 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from torchrl_recall.backtrack_loss import BacktrackLoss
 from torchrl_recall.checks import check_device, check_real
 from torchrl_recall.diagnostics.cdf import model_cdf
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.transitions import usable_rows
 
 Factor = Literal["action", "delta"]
 
@@ -57,17 +59,21 @@ def calibration(
     *,
     factor: Factor = "delta",
     levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
+    mask_nonfinite: bool = False,
     generator: torch.Generator | None = None,
 ) -> Calibration:
     """Put real transitions through a model's cumulative distributions.
 
     Args:
         model (BacktrackModel): the model.
-        data (TensorDictBase): real transitions of any batch shape with the model's ``in_keys``.
+        data (TensorDictBase): real transitions of any batch shape with the model's ``in_keys``;
+            rows masked at ``("collector", "mask")`` are left out. Best ones held out by `fit`: a
+            model is always too sure of those it knows.
 
     Keyword Args:
         factor (str): ``"delta"``, the change of state, or ``"action"``.
         levels (sequence of float): central intervals whose coverage to report, in (0, 1).
+        mask_nonfinite (bool): leave out rows with NaN or infinite entries instead of refusing them.
         generator (torch.Generator, optional): on the model's device, for categorical heads, whose
             PIT is randomised inside the jump of its class; None is torch's own.
 
@@ -100,7 +106,11 @@ def calibration(
     chosen = [check_real("levels", level, 0.0, 1.0) for level in levels]
     if generator is not None:
         check_device("generator", generator.device, model.device)
-    state, action, next_state = model.read(data.reshape(-1))
+    data = data.reshape(-1)
+    rows = usable_rows(BacktrackLoss(model), data, mask_nonfinite=mask_nonfinite)
+    if not bool(rows.any()):
+        raise ValueError(f"data has no row to look at: none of {len(data)} is kept.")
+    state, action, next_state = model.read(data[rows.to(data.device or rows.device)])
     uniform = torch.rand(len(state), generator=generator, dtype=torch.float64, device=state.device)
     pit = model_cdf(model, factor, state, action, next_state, uniform)
     distance = uniform_distance(pit)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torchrl_recall.native.priorities import Priorities
 
-VERSION = 2
+VERSION = 3
 MAX_LAYERS = 16
 ACTIVATIONS = (
     "identity",
@@ -29,7 +29,7 @@ ACTIVATIONS = (
     "softplus",
     "mish",
 )
-NORMAL, TANH_NORMAL, CLASS, SUPPORT = range(4)
+NORMAL, TANH_NORMAL, BOX, MIXTURE, CLASS, SUPPORT = range(6)
 OK = 0
 # What `instruction_set` gives: the widest that the processor has.
 INSTRUCTION_SETS = {0: "portable", 256: "AVX2", 512: "AVX-512", 513: "AVX-512 with bfloat16"}
@@ -60,6 +60,7 @@ class Head(Structure):
     _fields_ = [
         ("kind", c_int64),
         ("size", c_int64),
+        ("components", c_int64),
         ("low", c_float),
         ("width", c_float),
         ("floor", c_float),

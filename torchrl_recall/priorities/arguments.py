@@ -13,9 +13,21 @@ from tensordict import LazyStackedTensorDict, NestedKey
 from torch import Tensor
 
 
+def _numbers(name: str, value: Any, device: torch.device, **options: Any) -> Tensor:
+    """Return what users give as numbers as a tensor, or refuse it by name."""
+    try:
+        found = torch.as_tensor(value, device=device, **options)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        came = f"a tensor on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must hold numbers, got {came}: {error}") from None
+    if found.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {found.dtype}")
+    return found
+
+
 def integer_tensor(index: Any, device: torch.device) -> Tensor:
     """Return ``index`` as an int64 tensor, or refuse it with a TypeError."""
-    index = torch.as_tensor(index, device=device)
+    index = _numbers("index", index, device)
     if index.numel() and (index.dtype == torch.bool or index.dtype.is_floating_point):
         raise TypeError(f"index must hold integers, got {index.dtype}")
     return index.long()
@@ -83,7 +95,7 @@ def paired_values(priority: Any, flat: Tensor, reduction: str) -> tuple[Tensor, 
         >>> paired_values([[1.0, 2.0], [-3.0, -4.0]], torch.tensor([7, 5]), "max")
         (tensor([7, 5]), tensor([ 2., -3.], dtype=torch.float64))
     """
-    priority = torch.as_tensor(priority, dtype=torch.float64, device=flat.device).detach()
+    priority = _numbers("priority", priority, flat.device, dtype=torch.float64).detach()
     n = flat.numel()
     if n == 0 or priority.numel() == 1:
         return flat, priority.reshape(-1)[:1]
@@ -141,7 +153,7 @@ def selected_values(
         >>> selected_values([5.0], torch.tensor([False, True]), 3, torch.device("cpu"))
         (tensor([1]), tensor([5.]))
     """
-    values = torch.as_tensor(values, device=device).detach()
+    values = _numbers("values", values, device).detach()
     if values.ndim == 2 and values.shape[1] == 1:
         values = values.squeeze(1)
     if values.ndim != 1:
@@ -151,7 +163,7 @@ def selected_values(
         if n > capacity:
             raise ValueError(f"values must hold at most max_capacity={capacity} numbers, got {n}")
         return None, values
-    index = torch.as_tensor(index, device=device)
+    index = _numbers("index", index, device)
     if index.dtype == torch.bool and index.ndim == 1:
         index = index.nonzero().squeeze(1)
     index = integer_tensor(index, device)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchrl_recall.checks import as_float, check_choice, check_tensor
+
 MODES = ("top", "soft", "rank", "per")
 _RANGES = {
     "top": (lambda x: 0 < x <= 1, "in (0, 1]"),
@@ -61,18 +63,19 @@ def nothing_to_draw(size: int) -> RuntimeError:
 def checked_parameter(name: str, value: Any) -> Any:
     """Return a parameter as str, float or None, or say what is wrong with it."""
     if name == "mode":
-        if value not in MODES:
-            raise ValueError(f"mode must be one of {MODES}, got {value!r}")
-        return value
+        return check_choice("mode", value, MODES)
     if name == "min_value" and value is None:
         return None
     in_range, expected = _RANGES[name]
-    number = value.item() if getattr(value, "ndim", None) == 0 else value
+    number = value
+    if getattr(value, "ndim", None) == 0:
+        number = check_tensor(name, value).item() if isinstance(value, Tensor) else value.item()
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
-    if not in_range(float(number)):
+    number = as_float(number)
+    if not in_range(number):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
-    return float(number)
+    return number
 
 
 @torch.no_grad()

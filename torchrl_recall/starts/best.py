@@ -16,7 +16,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_real
+from torchrl_recall.checks import check_flag, check_real
 from torchrl_recall.masking import fill_rows, finite_rows, one_each
 from torchrl_recall.starts.batch import draw_rows, key_list, pick, unmasked_rows
 from torchrl_recall.values import bootstrapped_value, entry
@@ -40,7 +40,7 @@ class KeyScore:
 
     def __init__(self, key: NestedKey, *, absolute: bool = False) -> None:
         self.key = unravel_key(key)
-        self.absolute = bool(absolute)
+        self.absolute = check_flag("absolute", absolute)
 
     def __call__(self, tensordict: TensorDictBase) -> Tensor:
         """Return the scores ``[*B]``."""

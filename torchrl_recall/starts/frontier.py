@@ -15,7 +15,7 @@ from tensordict import LazyStackedTensorDict, NestedKey, TensorDict, TensorDictB
 from torch import Tensor
 from torchrl.data import ReplayBuffer, Storage
 
-from torchrl_recall.checks import check_at_least_one, check_real
+from torchrl_recall.checks import check_at_least_one, check_flag, check_real
 from torchrl_recall.masking import one_each
 from torchrl_recall.starts.batch import NextStates, StartStates, key_list, pick, unmasked_rows
 from torchrl_recall.starts.rarity import distinct_rows, neighbour_distance, visit_counts
@@ -99,7 +99,7 @@ class FrontierStarts:
         self.num_neighbours = check_at_least_one("num_neighbours", num_neighbours)
         self.num_targets = check_at_least_one("num_targets", num_targets)
         self.hold = check_at_least_one("hold", hold)
-        self.until_reward = bool(until_reward)
+        self.until_reward = check_flag("until_reward", until_reward)
         self.reward_threshold = check_real("reward_threshold", reward_threshold)
         self.reward_key = unravel_key(reward_key)
         self.observation_keys = key_list("observation_keys", observation_keys)

@@ -10,6 +10,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
+from torchrl_recall.checks import check_flag
 from torchrl_recall.masking import one_each
 from torchrl_recall.state_reading import as_keys, trace_entry, trace_states
 
@@ -69,7 +70,7 @@ class RisingValue:
         self.in_keys = as_keys("in_keys", list(inputs) if in_keys is None else in_keys)
         if len(self.in_keys) != len(inputs):
             raise ValueError(f"in_keys {self.in_keys} must match the network's {inputs}.")
-        self.compare_end = bool(compare_end)
+        self.compare_end = check_flag("compare_end", compare_end)
 
     @torch.no_grad()
     def __call__(self, trace: TensorDictBase) -> Tensor:

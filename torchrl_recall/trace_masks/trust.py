@@ -10,7 +10,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_real
+from torchrl_recall.checks import check_flag, check_real
 from torchrl_recall.disagreement import disagreement
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.state_reading import as_keys, entry, read_states, stored_data
@@ -165,7 +165,7 @@ class ForwardAgreement:
         self.forward_model = forward_model
         self.tolerance = check_real("tolerance", tolerance, 0.0)
         self.scale = StateScale(scale)
-        self.relative, self.cut = bool(relative), bool(cut)
+        self.relative, self.cut = check_flag("relative", relative), check_flag("cut", cut)
         self.in_keys = as_keys("in_keys", in_keys)
         outputs: Any = list(forward_model.out_keys) if prediction_keys is None else prediction_keys
         self.prediction_keys = as_keys("prediction_keys", outputs)

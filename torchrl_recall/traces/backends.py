@@ -100,7 +100,7 @@ def walk(request: Request, backend: Backend) -> Columns:
     Raises:
         ValueError: a forced backend that cannot run the model, or an unknown one.
     """
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
     if request.model.num_members > 1:
         return _by_members(request, backend)

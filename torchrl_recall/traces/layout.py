@@ -21,6 +21,7 @@ from torchrl_recall.native import interface
 from torchrl_recall.networks import NETWORKS
 from torchrl_recall.traces import eager
 from torchrl_recall.traces.columns import Form
+from torchrl_recall.uniform import UniformHead
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
@@ -50,11 +51,7 @@ _SETTINGS = (
 
 def unsupported(model: BacktrackModel) -> str | None:
     """Say why a model has no layout that the native library can run, or None if it has."""
-    if isinstance(model.delta_head, MixtureDelta):
-        return "the change of state is a mixture of Gaussians"
-    if model.action.is_uniform:
-        return "the actions are uniform"
-    if not isinstance(model.action.head, CategoricalHead | GaussianHead):
+    if not isinstance(model.action.head, CategoricalHead | GaussianHead | UniformHead):
         return "the actions are several choices at once"
     reason = eager.unsupported(model)
     if reason is not None:
@@ -245,12 +242,17 @@ def _head(head: nn.Module) -> dict[str, Any]:
     if isinstance(head, CategoricalHead):
         kind = interface.SUPPORT if isinstance(head, SupportDelta) else interface.CLASS
         return {"kind": kind, "size": head.output_size}
-    assert isinstance(head, GaussianHead)
+    if isinstance(head, UniformHead):
+        return {"kind": interface.BOX, "size": head.size}
+    assert isinstance(head, GaussianHead | MixtureDelta)
     low, high = head.log_scale_range
-    normal = isinstance(head, NormalHead)
+    mixture = isinstance(head, MixtureDelta)
+    normal = mixture or isinstance(head, NormalHead)
+    kind = interface.NORMAL if normal else interface.TANH_NORMAL
     return {
-        "kind": interface.NORMAL if normal else interface.TANH_NORMAL,
+        "kind": interface.MIXTURE if mixture else kind,
         "size": head.size,
+        "components": head.num_components if mixture else 1,
         "low": low,
         "width": high - low,
         "floor": head.normalizer.floor if normal else 0.0,

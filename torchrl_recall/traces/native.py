@@ -176,9 +176,9 @@ class Plan:
 
 def _head(form: dict[str, Any], buffers: dict[str, Tensor]) -> interface.Head:
     head = interface.Head(**form)
-    if form["kind"] == interface.NORMAL:
+    if form["kind"] in (interface.NORMAL, interface.MIXTURE):
         head.mean, head.spread = buffers["mean"].data_ptr(), buffers["variance"].data_ptr()
-    elif form["kind"] == interface.TANH_NORMAL:
+    elif form["kind"] in (interface.TANH_NORMAL, interface.BOX):
         head.mean, head.spread = buffers["middle"].data_ptr(), buffers["half_range"].data_ptr()
     return head
 

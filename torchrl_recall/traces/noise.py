@@ -15,7 +15,8 @@ class TraceNoise(NamedTuple):
 
     Attributes:
         action (Tensor): ``[T, n, A]`` standard normal, or ``[T, n, 1]`` uniform in [0, 1).
-        delta (Tensor): ``[T, n, D]`` standard normal, or ``[T, n, 1]`` uniform in [0, 1).
+        delta (Tensor): ``[T, n, D]`` standard normal (``[T, n, D + 1]`` for a mixture, the last
+            number picks the component), or ``[T, n, 1]`` uniform in [0, 1).
         stop (Tensor or None): ``[T, n]`` uniform in [0, 1), with a stop head.
         member (Tensor or None): uniform in [0, 1), of an ensemble; its part of ``num_members``
             picks the member. ``[T, n]`` if that is drawn for each step, ``[1, n]`` for each trace.

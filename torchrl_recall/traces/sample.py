@@ -9,7 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
-from torchrl_recall.checks import check_at_least_one, check_device
+from torchrl_recall.checks import check_at_least_one, check_choice, check_device, check_flag
 from torchrl_recall.heads import CategoricalHead
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.traces.backends import Backend, walk
@@ -68,7 +68,8 @@ def sample_traces(
         last step leading into ``next_observation``: the observation keys, the action,
         ``("next", observation)``, ``"action_log_prob"`` and ``"delta_log_prob"`` of the model, and
         ``("collector", "mask")``: bool, True = keep. A stop masks all earlier steps; masked steps
-        hold finite values. The log-probabilities are the model's, whatever the ``support``.
+        hold finite values. The log-probabilities are the model's, whatever the ``support``; in an
+        ensemble, those of the member that took the step.
 
     Raises:
         KeyError: an observation key is missing.
@@ -103,8 +104,7 @@ def sample_traces(
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
         check_device("generator", generator.device, model.device)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
+    check_choice("precision", precision, PRECISIONS)
     *batch, size = start.shape
     rows = start if len(batch) == 1 else start.reshape(-1, size)
     repeats = 1 if num_traces is None else num_traces
@@ -121,7 +121,9 @@ def sample_traces(
     if noise is not None:
         _check_noise(model, noise, num_steps, len(rows) * repeats)
     # States of a Gaussian walk come back by rounding only, so there is nothing to compare.
-    last_visit = bool(last_visit) and isinstance(model._modules["delta_head"], CategoricalHead)
+    last_visit = check_flag("last_visit", last_visit) and isinstance(
+        model._modules["delta_head"], CategoricalHead
+    )
     request = Request(model, rows, repeats, num_steps, generator, noise, last_visit, precision)
     try:
         if support is None:

@@ -48,6 +48,8 @@ def unavailable() -> str | None:
 def _wrong_heads(model: BacktrackModel) -> str | None:
     if type(model.delta_head) is not NormalDelta:
         return "the observation is not continuous with a Gaussian change"
+    if model.action.is_uniform:
+        return "the actions are uniform"
     if type(model.action.head) not in (NormalHead, TanhNormalHead):
         return "the action is not continuous"
     if model.observation.size > MAX_FEATURES:

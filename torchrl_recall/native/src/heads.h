@@ -48,6 +48,27 @@ static void normal_action(tile *t, int64_t step) {
     }
 }
 
+/* Uniform actions of a box. */
+static void box_action(tile *t, int64_t step) {
+    const int64_t size = t->model->action.size;
+    float *features = t->features + dense_state(t->model) * TILE;
+    draw_normals(t, HEAD_ACTION, size, step, t->call->noise_action);
+    for (int lane = 0; lane < t->lanes; lane += LANES) {
+        vf check = v_set(0.0f);
+        for (int64_t i = 0; i < size; i++) {
+            int64_t at = i * TILE + lane;
+            vf value = v_erf(v_mul(v_load(t->noise + at), v_set(0.70710678f)));
+            vf unit = v_set(t->packed.action_times[i]);
+            vf own = v_fma(value, unit, v_set(t->packed.action_add[i]));
+            check = v_fma(own, v_set(0.0f), check);
+            v_store(features + at, value);
+            v_store(t->action + at, own);
+        }
+        v_store(t->action_log_prob + lane, v_set(t->packed.constants[0]));
+        v_store(t->check + lane, check);
+    }
+}
+
 /* Samples the change, and turns `state` into its predecessor. */
 static void normal_delta(tile *t, int64_t step) {
     const recall_head *head = &t->model->delta;

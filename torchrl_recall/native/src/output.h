@@ -140,7 +140,7 @@ static void write_step(tile *t, int64_t step) {
     for (int lane = 0; lane < t->count; lane++) t->broken[lane] |= !(t->check[lane] == 0.0f);
     write_states(t, column_at(t, call->state, step),
                  step ? column_at(t, call->next_state, step - 1) : NULL);
-    if (is_gaussian(&m->action)) {
+    if (is_continuous(&m->action)) {
         float *action = (float *)call->action + at * actions;
         write_floats(t->action, actions, t->count, action, NULL, num_steps * actions);
     }
@@ -150,7 +150,7 @@ static void write_step(tile *t, int64_t step) {
         call->action_log_prob[here] = broken ? 0.0f : t->action_log_prob[lane];
         call->delta_log_prob[here] = broken ? 0.0f : t->delta_log_prob[lane];
         call->mask[here] = !(t->over[lane] | broken);
-        if (!is_gaussian(&m->action)) {
+        if (!is_continuous(&m->action)) {
             ((int64_t *)call->action)[here] = t->action_class[lane];
         } else if (broken) {
             memset((float *)call->action + here * actions, 0, (size_t)actions * 4);

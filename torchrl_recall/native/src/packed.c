@@ -17,7 +17,7 @@ static inputs first_inputs(const recall_model *m, int which) {
     if (m->is_discrete) in.hot_before = m->feature_size;
     else in.dense = m->state_size;
     if (which == NETWORK_DELTA) {
-        if (is_gaussian(&m->action)) in.dense += m->action.size;
+        if (is_continuous(&m->action)) in.dense += m->action.size;
         else in.hot_after = m->action.size;
     }
     return in;
@@ -106,8 +106,8 @@ int64_t packed_layout(const recall_model *m, const void *block, packed_model *pa
         }
     }
     packed->mean = take(&cursor, m->is_discrete ? 0 : m->state_size * 4);
-    int64_t action = is_gaussian(&m->action) ? m->action.size * 4 : 0;
-    int64_t delta = is_gaussian(&m->delta) ? m->delta.size * 4 : 0;
+    int64_t action = is_continuous(&m->action) ? m->action.size * 4 : 0;
+    int64_t delta = is_continuous(&m->delta) ? m->delta.size * 4 : 0;
     packed->action_add = take(&cursor, action);
     packed->action_times = take(&cursor, action);
     packed->delta_unit = take(&cursor, delta);
@@ -176,25 +176,29 @@ static void pack_layer(const recall_model *m, int which, int64_t i, const packed
 static void pack_heads(const recall_model *m, const packed_model *packed) {
     float *constants = (float *)packed->constants;
     double total = 0;
-    for (int64_t i = 0; is_gaussian(&m->action) && i < m->action.size; i++) {
+    for (int64_t i = 0; is_continuous(&m->action) && i < m->action.size; i++) {
         float spread = m->action.spread[i];
         if (m->action.kind == HEAD_NORMAL) spread = standard_deviation(spread, m->action.floor);
         ((float *)packed->action_add)[i] = m->action.mean[i];
         ((float *)packed->action_times)[i] = spread;
-        total += log(spread) + LOG_SQRT_2_PI;
+        total += m->action.kind == HEAD_BOX ? log(2.0 * spread) : log(spread) + LOG_SQRT_2_PI;
     }
     constants[0] = (float)-total;
-    if (!is_gaussian(&m->delta)) return;
+    if (!is_continuous(&m->delta)) return;
     const recall_network *network = &m->network[NETWORK_DELTA];
     float *bias = (float *)packed->network[NETWORK_DELTA].layer[network->num_layers - 1].bias;
+    const int is_mixture = m->delta.kind == HEAD_MIXTURE;
+    total = LOG_SQRT_2_PI * (double)m->delta.size;
     for (int64_t i = 0; i < m->delta.size; i++) {
         float unit = standard_deviation(m->delta.spread[i], m->delta.floor);
         ((float *)packed->delta_unit)[i] = unit;
         ((float *)packed->delta_log_unit)[i] = logf(unit);
         /* The walk multiplies the location by the unit; its mean enters here. */
-        bias[i] += m->delta.mean[i] / unit;
+        for (int64_t k = 0; k < (is_mixture ? m->delta.components : 1); k++)
+            bias[k * m->delta.size + i] += m->delta.mean[i] / unit;
+        if (is_mixture) total += log(unit);
     }
-    constants[1] = (float)(-LOG_SQRT_2_PI * (double)m->delta.size);
+    constants[1] = (float)-total;
 }
 
 void recall_pack(const recall_model *live, void *block) {

@@ -10,7 +10,7 @@
 #define WIDEST_VECTOR 16
 #define ROUND_UP(n, to) (((n) + (to)-1) / (to) * (to))
 
-static inline int is_gaussian(const recall_head *head) { return head->kind <= HEAD_TANH_NORMAL; }
+static inline int is_continuous(const recall_head *head) { return head->kind <= HEAD_MIXTURE; }
 
 /* A place in memory that is being laid out; of no memory, for its size alone. */
 static inline void *take(uintptr_t *cursor, int64_t bytes) {

@@ -15,19 +15,19 @@
 #define RECALL_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define RECALL_VERSION 2
+#define RECALL_VERSION 3
 #define MAX_LAYERS 16
 #define TILE 64 /* traces that go through all steps together */
 
 enum activation {
     IDENTITY, RELU, LEAKY_RELU, ELU, TANH, SIGMOID, SILU, GELU, GELU_TANH, SOFTPLUS, MISH
 };
-enum head { HEAD_NORMAL, HEAD_TANH_NORMAL, HEAD_CLASS, HEAD_SUPPORT };
+enum head { HEAD_NORMAL, HEAD_TANH_NORMAL, HEAD_BOX, HEAD_MIXTURE, HEAD_CLASS, HEAD_SUPPORT };
 enum status { OK = 0, NO_MEMORY = 1 };
 
 /* Linear layers, each weight [width[i + 1], width[i]] and bias [width[i + 1]], row-major. */
 typedef struct {
-    int64_t num_layers; /* 0: there is no such network */
+    int64_t num_layers; /* 0: there is no such network; for actions: they are uniform */
     int64_t activation;
     float slope; /* of LEAKY_RELU and ELU */
     int64_t width[MAX_LAYERS + 1];
@@ -38,11 +38,12 @@ typedef struct {
 enum { NETWORK_ACTION, NETWORK_DELTA, NETWORK_STOP, NUM_NETWORKS };
 
 /* Gaussian heads: log-scale = low + width * sigmoid(raw). A tanh-squashed one has its bounds'
- * middle and half range as `mean` and `spread`; the others have mean and variance, and a floor of
- * the standard deviation. */
+ * middle and half range as `mean` and `spread`, as has a uniform one over their box; the others,
+ * mixtures of `components` too, have mean and variance, and a floor of the standard deviation. */
 typedef struct {
     int64_t kind;
     int64_t size; /* values, or classes */
+    int64_t components;
     float low, width, floor;
     const float *mean, *spread;
 } recall_head;

@@ -134,7 +134,7 @@ int64_t NAME(recall_tables)(const recall_model *model, const void *block, void *
     for (int64_t first = 0; first < to.num_states; first += TILE) {
         int64_t left = to.num_states - first;
         enter_states(&t, first, left < TILE ? left : TILE, 1);
-        run(&t, NETWORK_ACTION, hot_state(model));
+        run_action(&t);
         tabulate(&t, to.num_actions, to.action_total + first,
                  to.action_cumulative + first * to.action_stride, to.action_stride,
                  to.action_log_prob + first * to.num_actions);

@@ -45,7 +45,7 @@ typedef struct {
 
 INLINE int64_t dense_state(const recall_model *m) { return m->is_discrete ? 0 : m->state_size; }
 INLINE int64_t dense_action(const recall_model *m) {
-    return is_gaussian(&m->action) ? m->action.size : 0;
+    return is_continuous(&m->action) ? m->action.size : 0;
 }
 INLINE int64_t hot_state(const recall_model *m) {
     return m->is_discrete ? m->state_size + m->has_joint_code : 0;
@@ -63,7 +63,8 @@ static uintptr_t place_tile(tile *t, uintptr_t start) {
     const recall_model *m = t->model;
     const int64_t of_floats = TILE * sizeof(float), width = t->packed.max_width;
     int64_t inputs = dense_state(m) + dense_action(m);
-    int64_t size = m->action.size > m->delta.size ? m->action.size : m->delta.size;
+    int64_t delta = m->delta.size + (m->delta.kind == HEAD_MIXTURE);
+    int64_t size = m->action.size > delta ? m->action.size : delta;
     uintptr_t cursor = start;
     t->state = take(&cursor, m->state_size * of_floats);
     t->features = take(&cursor, inputs * of_floats);
@@ -207,6 +208,16 @@ static void run(tile *t, int which, int64_t num_hot) {
         const float *base = i == 0 ? embed(t, layer, num_hot) : NULL;
         dense(network, layer, is_last, in, base, out, t->lanes);
         in = (const operand *)out;
+    }
+}
+
+/* The same for the network of actions; without one they are equally likely. */
+static void run_action(tile *t) {
+    const recall_model *m = t->model;
+    if (t->packed.network[NETWORK_ACTION].num_layers) {
+        run(t, NETWORK_ACTION, hot_state(m));
+    } else if (!is_continuous(&m->action)) {
+        memset(t->output, 0, (size_t)(m->action.size * TILE) * sizeof *t->output);
     }
 }
 

@@ -1,4 +1,5 @@
 /* The walk itself, compiled once for each instruction set; NAME gives its functions their names. */
+#include "mixture.h"
 #include "tables.h"
 
 /* Reads the starts of a tile; returns whether all of them are states. */
@@ -35,8 +36,12 @@ static void end_episodes(tile *t, int64_t step) {
 
 static void act(tile *t, int64_t step) {
     const recall_model *m = t->model;
-    run(t, NETWORK_ACTION, hot_state(m));
-    if (is_gaussian(&m->action)) {
+    run_action(t);
+    if (m->action.kind == HEAD_BOX) {
+        box_action(t, step);
+        return;
+    }
+    if (is_continuous(&m->action)) {
         normal_action(t, step);
         return;
     }
@@ -52,8 +57,12 @@ static void act(tile *t, int64_t step) {
 
 static void go_back(tile *t, int64_t step) {
     const recall_model *m = t->model;
-    run(t, NETWORK_DELTA, hot_state(m) + !is_gaussian(&m->action));
-    if (is_gaussian(&m->delta)) {
+    run(t, NETWORK_DELTA, hot_state(m) + !is_continuous(&m->action));
+    if (m->delta.kind == HEAD_MIXTURE) {
+        mixture_delta(t, step);
+        return;
+    }
+    if (is_continuous(&m->delta)) {
         normal_delta(t, step);
         return;
     }

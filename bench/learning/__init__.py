@@ -1,0 +1,1 @@
+"""What makes recall traces learn: ablations on four rooms, see README.md."""

@@ -1,0 +1,484 @@
+"""`fit`: what it learns, which rows it reads, what it leaves alone, and what it refuses."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import math
+
+import pytest
+import torch
+from linear_gaussian import F64, LinearGaussianWorld
+from model_data import make_maze, random_transitions
+from tensordict import TensorDict
+from torchrl.collectors import Collector
+from torchrl.data import (
+    LazyMemmapStorage,
+    LazyTensorStorage,
+    ListStorage,
+    PrioritizedSampler,
+    ReplayBuffer,
+    TensorDictPrioritizedReplayBuffer,
+    TensorDictReplayBuffer,
+    Unbounded,
+)
+from torchrl.envs import Transform
+from torchrl.envs.transforms.rb_transforms import NextStateReconstructor
+
+from torchrl_recall import BacktrackLoss, BacktrackModel, fit
+from torchrl_recall.diagnostics import held_out_likelihood, maze_divergence
+from torchrl_recall.fit import split_rows
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def small_model(**options):
+    return BacktrackModel(3, 2, num_cells=(16,), **options)
+
+
+def quick(model, data, **options):
+    defaults = {"num_steps": 20, "progress": False, "generator": generator(), "batch_size": 32}
+    return fit(model, data, **{**defaults, **options})
+
+
+def in_buffer(data, storage=LazyTensorStorage, **options):
+    buffer = TensorDictReplayBuffer(storage=storage(len(data)), batch_size=8, **options)
+    buffer.extend(data)
+    return buffer
+
+
+class TestLearns:
+    @pytest.mark.parametrize("options", [{}, {"num_components": 2}, {"num_members": 2}])
+    def test_a_linear_gaussian_world_to_its_entropy(self, options):
+        world = LinearGaussianWorld(size=1)
+        space = Unbounded((1,), dtype=F64)
+        model = BacktrackModel(space, space, num_cells=(16,), **options)
+        data = in_buffer(world.transitions(6000, seed=0))
+        history = quick(
+            model, data, num_steps=250, batch_size=256, learning_rate=2e-2, schedule="cosine"
+        )
+        # The best that can be: the entropies of the two Gaussian conditionals.
+        (_, std_u), (_, std_x) = world.condition(1, [2]), world.condition(0, [1, 2])
+        entropy = float(math.log(2 * math.pi * math.e) + (std_u * std_x).log())
+        found = held_out_likelihood(model, world.transitions(20_000, seed=1))
+        print(f"{options}: {float(found.total):.4f} of at least {entropy:.4f}")
+        assert float(found.total) == pytest.approx(entropy, abs=0.03)
+        best = float(history.held_out.min())
+        assert best == pytest.approx(entropy, abs=0.15)
+        assert history.scalars()["held_out"] == best
+
+    def test_a_maze_from_a_collector_with_resets(self):
+        """A reset taken for a step would be a displacement outside the support, and be refused."""
+        env = make_maze(batch_size=(100,), slip=0.2, max_steps=200)
+        frames = 20_000
+        collector = Collector(env, None, frames_per_batch=frames, total_frames=frames)
+        (data,) = collector
+        collector.shutdown()
+        assert int(data["is_init"].sum()) > 300
+        model = BacktrackModel.from_env(env, num_cells=(64,))
+        buffer = in_buffer(data.reshape(-1))
+        options = {"num_steps": 250, "batch_size": 512, "learning_rate": 1e-2}
+        history = quick(model, buffer, schedule="cosine", **options)
+        found = maze_divergence(model, env.base_env, torch.full((25, 4), 0.25))
+        print(f"KL per step {float(found.per_step):.4f}")
+        assert float(found.per_step) < 0.05
+        # By trajectories, which the collector numbers.
+        assert history.num_held_out >= 2000
+
+
+class TestRows:
+    def data(self, n=60):
+        return random_transitions(n)
+
+    def trained(self, data, **options):
+        torch.manual_seed(1)
+        model = small_model()
+        quick(model, data, held_out=0.0, **options)
+        return model.state_dict()
+
+    @pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage, ListStorage])
+    def test_storages_and_shapes_give_the_same(self, storage):
+        data = self.data()
+        expected = self.trained(data)
+        for form in (
+            in_buffer(data, storage),
+            in_buffer(data, storage).storage,
+            data.reshape(6, 10),
+        ):
+            for name, value in self.trained(form).items():
+                torch.testing.assert_close(value, expected[name])
+
+    def test_a_storage_of_several_dimensions(self):
+        data = self.data().reshape(6, 10)
+        buffer = ReplayBuffer(storage=LazyTensorStorage(120, ndim=2), batch_size=4)
+        buffer.extend(data)
+        # Stored time first, and half empty.
+        assert buffer.storage.shape == (10, 6)
+        expected = self.trained(data.transpose(0, 1))
+        for name, value in self.trained(buffer).items():
+            torch.testing.assert_close(value, expected[name])
+
+    def test_only_the_stored_part_of_a_buffer(self):
+        data = self.data(60)
+        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(1000), batch_size=4)
+        buffer.extend(data)
+        assert quick(small_model(), buffer).num_training == 54
+        expected = self.trained(data)
+        for name, value in self.trained(buffer).items():
+            torch.testing.assert_close(value, expected[name])
+
+    def test_each_row_is_a_step_of_its_own(self):
+        """The order of rows means nothing: statistics and likelihood are those of single rows."""
+        data = self.data(64)
+        order = torch.randperm(64)
+        options = {"batch_size": 64, "num_steps": 1}
+        a, b = self.trained(data, **options), self.trained(data[order], **options)
+        for name, value in a.items():
+            torch.testing.assert_close(value, b[name])
+
+    @pytest.mark.parametrize("how", ["mask", "nan"])
+    def test_rows_that_do_not_count(self, how):
+        """Neither for the statistics nor for the parameters; padding may hold anything."""
+        data = self.data(60)
+        expected = self.trained(data[:40])
+        options = {}
+        if how == "mask":
+            data["collector", "mask"] = torch.arange(60) < 40
+            data["action"][40:] = 99.0
+        else:
+            data["next", "observation"][40:] = torch.nan
+            with pytest.raises(ValueError, match=r"20 of 60 transitions have NaN.*mask_nonfinite"):
+                quick(small_model(), data)
+            options["mask_nonfinite"] = True
+        for name, value in self.trained(data, **options).items():
+            torch.testing.assert_close(value, expected[name])
+
+    def test_next_states_that_a_transform_reconstructs(self):
+        """A compact buffer has no next states; the transform writes NaN where an episode ends."""
+        data = self.data(60)
+        data["collector", "traj_ids"] = torch.arange(60) // 20
+        data["next", "done"] = (torch.arange(60) % 20 == 19).unsqueeze(-1)
+        states = data["observation"]
+        data.del_(("next", "observation"))
+        buffer = in_buffer(data)
+        buffer.append_transform(NextStateReconstructor())
+        with pytest.raises(KeyError, match=r"next.*observation.*missing.*buffer\[:\]"):
+            quick(small_model(), buffer)
+        read = buffer[:]
+        with pytest.raises(ValueError, match="3 of 60 transitions have NaN"):
+            quick(small_model(), read)
+        model = small_model()
+        options = {"mask_nonfinite": True, "held_out": 0.0}
+        assert quick(model, read, **options).num_training == 57
+        # By hand: pairs inside episodes of 20 steps.
+        inside = torch.arange(60) % 20 != 19
+        following = states.roll(-1, 0)[inside]
+        torch.testing.assert_close(model.observation.normalizer.mean, following.mean(0))
+        change = (states[inside] - following).mean(0)
+        torch.testing.assert_close(model.delta_head.normalizer.mean, change)
+
+    def test_statistics_are_of_training_rows_only(self):
+        data = self.data(50)
+        data["observation"] += 3
+        data["number"] = torch.arange(50)
+        model = small_model()
+        training, kept_out = split_rows(torch.arange(50), 0.2, None, generator(5))
+        history = quick(model, data, held_out=0.2, generator=generator(5))
+        assert (history.num_training, history.num_held_out) == (len(training), len(kept_out))
+        rows = data[training]["next", "observation"]
+        normalizer = model.observation.normalizer
+        assert int(normalizer.count) == 40
+        torch.testing.assert_close(normalizer.mean, rows.mean(0))
+        torch.testing.assert_close(normalizer.std, rows.std(0, unbiased=False))
+        # And stay where they are, if asked to.
+        quick(model, data, update_statistics=False)
+        assert int(normalizer.count) == 40
+        torch.testing.assert_close(normalizer.mean, rows.mean(0))
+
+
+class TestLeavesTheBufferAlone:
+    class Forbidden(Transform):
+        def forward(self, tensordict):
+            raise AssertionError("read through the buffer's transforms")
+
+    def test_nothing_of_it_changes(self):
+        data = random_transitions(60)
+        data["td_error"] = torch.rand(60)
+        buffer = TensorDictPrioritizedReplayBuffer(
+            alpha=0.7, beta=0.5, storage=LazyTensorStorage(60), batch_size=8, generator=generator(3)
+        )
+        buffer.extend(data)
+        buffer.update_tensordict_priority(data.set("index", torch.arange(60)))
+        buffer.append_transform(self.Forbidden(in_keys=["observation"], out_keys=["observation"]))
+        assert isinstance(buffer.sampler, PrioritizedSampler)
+        every = torch.arange(60)
+        trees = [buffer.sampler._sum_tree[every].clone(), buffer.sampler._min_tree[every].clone()]
+        before = copy.deepcopy(buffer.state_dict())
+        drawn = buffer._rng.get_state()
+        quick(small_model(), buffer)
+        assert torch.equal(buffer._rng.get_state(), drawn)
+        after = buffer.state_dict()
+        assert_same(before, after)
+        assert torch.equal(buffer.sampler._sum_tree[every], trees[0])
+        assert torch.equal(buffer.sampler._min_tree[every], trees[1])
+
+    def test_the_mode_of_the_model_stays(self):
+        for training in (True, False):
+            model = small_model().train(training)
+            quick(model, random_transitions(40))
+            assert model.training is training
+            assert all(module.training is training for module in model.modules())
+
+
+def assert_same(a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, torch.Tensor) or hasattr(a, "batch_size"):
+        assert bool((a == b).all())
+    elif " at 0x" not in str(a):
+        assert str(a) == str(b)
+
+
+class TestSplit:
+    def test_rows(self):
+        rows = torch.arange(5, 105)
+        training, kept_out = split_rows(rows, 0.1, None, generator())
+        assert len(kept_out) == 10
+        assert torch.equal(torch.cat([training, kept_out]).sort().values, rows)
+        assert split_rows(rows, 0.0)[1].numel() == 0
+
+    def test_whole_trajectories(self):
+        trajectory = torch.randint(20, (200,), generator=generator())
+        rows = torch.arange(200)
+        training, kept_out = split_rows(rows, 0.25, trajectory, generator())
+        assert not set(trajectory[training].tolist()) & set(trajectory[kept_out].tolist())
+        # As many trajectories as make up the share, and not one more.
+        assert 50 <= len(kept_out) < 50 + int(trajectory.bincount().max())
+        two = (torch.arange(200) >= 180).long()
+        for seed in range(4):
+            training, kept_out = split_rows(rows, 0.9, two, generator(seed))
+            assert len(training) in (20, 180)
+        # One alone is split by rows.
+        assert len(split_rows(rows, 0.25, torch.zeros(200), generator())[1]) == 50
+
+    @pytest.mark.parametrize("key", ["episode", ("collector", "traj_ids")])
+    def test_trajectories_of_the_data(self, key):
+        data = random_transitions(100)
+        data.set(key, (torch.arange(100) // 10).unsqueeze(-1))
+        data["next", "observation"] += (torch.arange(100) // 10).unsqueeze(-1) * 100.0
+        model = small_model()
+        history = quick(model, data, held_out=0.15, trajectory_key=key)
+        assert (history.num_training, history.num_held_out) == (80, 20)
+        by_rows = quick(small_model(), data, held_out=0.15, trajectory_key=None)
+        assert by_rows.num_held_out == 15
+
+
+class TestHistory:
+    def test_the_best_parameters_are_kept(self):
+        """So few rows are learnt by heart: the held-out loss turns, and the best is before that."""
+        data, model = random_transitions(60), BacktrackModel(3, 2, num_cells=(64,))
+        history = quick(model, data, num_steps=150, learning_rate=1e-2, held_out=0.5)
+        scores = history.held_out
+        assert 0 < history.best_step < 150
+        assert float(scores[-1]) > float(scores.min()) + 0.1
+        training, kept_out = split_rows(torch.arange(60), 0.5, None, generator())
+        found = held_out_likelihood(model, data[kept_out])
+        assert float(found.total) == pytest.approx(float(scores.min()), rel=1e-5)
+        assert int(history.step[scores.argmin()]) == history.best_step
+        # The training loss is that of the steps since the evaluation before.
+        assert math.isnan(float(history.training[0]))
+        assert float(history.training[-1]) < float(history.training[1])
+        assert len(training) == history.num_training == 30
+
+    def test_patience_stops(self):
+        data = random_transitions(60)
+        options = {"num_steps": 1000, "learning_rate": 1e-2, "held_out": 0.5, "evaluate_every": 5}
+        history = quick(BacktrackModel(3, 2, num_cells=(64,)), data, patience=4, **options)
+        assert int(history.step[-1]) == history.best_step + 20 < 1000
+
+    def test_without_held_out_rows_the_last_are_kept(self):
+        history = quick(small_model(), random_transitions(40), held_out=0.0)
+        assert history.best_step == 20
+        assert bool(history.held_out.isnan().all())
+        assert math.isnan(history.scalars()["held_out"])
+
+    def test_evaluations(self):
+        data = random_transitions(100)
+        history = quick(small_model(), data, num_steps=17, evaluate_every=5)
+        assert history.step.tolist() == [0, 5, 10, 15, 17]
+        history = quick(small_model(), data, num_steps=None, num_epochs=2, batch_size=40)
+        assert history.step[-1] == 6  # 90 rows are three batches of at most 40
+
+    def test_an_epoch_sees_each_row_once(self, monkeypatch):
+        data, seen = random_transitions(50), []
+        data["observation"][:, 0] = torch.arange(50).float()
+        forward = BacktrackLoss.forward
+
+        def watch(self, tensordict):
+            seen.extend(tensordict["observation"][:, 0].int().tolist())
+            return forward(self, tensordict)
+
+        monkeypatch.setattr(BacktrackLoss, "forward", watch)
+        quick(small_model(), data, num_steps=None, num_epochs=3, held_out=0.0, batch_size=20)
+        assert [sorted(seen[i : i + 50]) for i in (0, 50, 100)] == [list(range(50))] * 3
+        assert seen[:50] != seen[50:100]
+
+    def test_seeded(self):
+        runs = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(7)
+            model = small_model()
+            quick(model, random_transitions(60), generator=generator(seed))
+            runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        assert torch.equal(runs[0], runs[1])
+        assert not torch.equal(runs[0], runs[2])
+
+    def test_a_fit_goes_on_from_where_the_model_is(self):
+        data, model = random_transitions(60), small_model()
+        first = quick(model, data, num_steps=100, held_out=0.2, learning_rate=1e-2)
+        again = quick(model, data, num_steps=1, held_out=0.2, learning_rate=0.0)
+        assert float(again.held_out[0]) == pytest.approx(float(first.held_out.min()), rel=1e-5)
+
+    def test_schedule(self, monkeypatch):
+        rates = []
+        step = torch.optim.AdamW.step
+
+        def watch(self, *args, **kwargs):
+            rates.append(self.param_groups[0]["lr"])
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+        options = {"num_steps": 4, "learning_rate": 0.1}
+        quick(small_model(), random_transitions(40), schedule="cosine", **options)
+        expected = [0.1 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
+        assert rates == pytest.approx(expected)
+        rates.clear()
+        quick(small_model(), random_transitions(40), **options)
+        assert rates == [0.1] * 4
+
+
+class TestProgress:
+    def test_a_bar(self, capsys):
+        quick(small_model(), random_transitions(40), progress=True)
+        assert "held_out=" in capsys.readouterr().err
+
+    def test_lines_without_tqdm(self, capsys, monkeypatch):
+        original = builtins.__import__
+
+        def without(name, *args, **kwargs):
+            if name.startswith("tqdm"):
+                raise ImportError(name)
+            return original(name, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, "__import__", without)
+        quick(small_model(), random_transitions(40), progress=True)
+        out = capsys.readouterr().out
+        assert "20 of 20 steps, training" in out
+
+    def test_silence(self, capsys):
+        quick(small_model(), random_transitions(40))
+        captured = capsys.readouterr()
+        assert captured.out + captured.err == ""
+
+
+class TestLossOptions:
+    def test_renamed_keys(self):
+        data = random_transitions(60)
+        renamed = TensorDict({"o": data["observation"]}, [60])
+        renamed["agent", "a"], renamed["next", "o"] = data["action"], data["next", "observation"]
+        models = [small_model()]
+        models.append(copy.deepcopy(models[0]))
+        quick(models[0], data)
+        loss = BacktrackLoss(models[1])
+        loss.set_keys(observation="o", action=("agent", "a"))
+        quick(models[1], renamed, loss=loss)
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_a_bootstrapped_ensemble(self):
+        model = small_model(num_members=2)
+        model.member(1).load_state_dict(model.member(0).state_dict())
+        loss = BacktrackLoss(model, bootstrap=True, generator=generator(1))
+        quick(model, random_transitions(60), loss=loss)
+        one, other = (model.member(i).delta_network[0].weight for i in range(2))
+        assert not torch.equal(one, other)
+
+
+class TestRefuses:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"num_epochs": 2}, "give one of num_steps and num_epochs"),
+            ({"num_steps": None}, "give one of num_steps and num_epochs"),
+            ({"num_steps": 0}, "num_steps must be at least 1"),
+            ({"batch_size": 0}, "batch_size must be at least 1"),
+            ({"learning_rate": -1.0}, "learning_rate must lie in"),
+            ({"held_out": 1.0}, "leaves 0 rows to fit"),
+            ({"held_out": 1.5}, "held_out must lie in"),
+            ({"patience": 0}, "patience must be at least 1"),
+            ({"patience": 1, "held_out": 0.0}, "patience needs held_out rows"),
+            ({"evaluate_every": 0}, "evaluate_every must be at least 1"),
+            ({"schedule": "linear"}, "schedule must be 'constant' or 'cosine'"),
+            ({"max_grad_norm": -1.0}, "max_grad_norm must lie in"),
+        ],
+    )
+    def test_numbers(self, options, message):
+        model = small_model()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=message):
+            quick(model, random_transitions(40), **options)
+        assert_same(before, model.state_dict())
+
+    def test_things(self):
+        model, data = small_model(), random_transitions(40)
+        with pytest.raises(TypeError, match="BacktrackModel, got Linear"):
+            quick(torch.nn.Linear(1, 1), data)
+        for buffer in ([1, 2], {"a": 1}, None):
+            with pytest.raises(TypeError, match="buffer must be a TensorDict, or a Storage"):
+                quick(model, buffer)
+        other = BacktrackLoss(small_model())
+        for loss in (other, BacktrackLoss(model, reduction="sum"), torch.nn.Linear(1, 1)):
+            with pytest.raises(ValueError, match="loss must be a BacktrackLoss of this very model"):
+                quick(model, data, loss=loss)
+
+    def test_nothing_to_learn_from(self):
+        model, data = small_model(), random_transitions(40)
+        for empty in (
+            ReplayBuffer(storage=LazyTensorStorage(10)),
+            LazyTensorStorage(10),
+            data[:0],
+        ):
+            with pytest.raises(ValueError, match="buffer is empty"):
+                quick(model, empty)
+        with pytest.raises(ValueError, match="leaves 0 rows to fit"):
+            quick(model, data[:1])
+        data["collector", "mask"] = torch.zeros(40, dtype=torch.bool)
+        for share in (0.0, 0.1):
+            with pytest.raises(ValueError, match=r"rows? .*(left )?to fit"):
+                quick(model, data, held_out=share)
+        with pytest.raises(KeyError, match=r"'action'.*missing"):
+            quick(model, random_transitions(40).exclude("action"))
+
+    def test_a_displacement_outside_the_support(self):
+        env = make_maze(batch_size=(20,))
+        data = env.rollout(20, break_when_any_done=False)
+        data["observation"][3, 4] = torch.tensor([1, 3])
+        data["next", "observation"][3, 4] = torch.tensor([3, 1])
+        model = BacktrackModel.from_env(env, num_cells=(8,))
+        with pytest.raises(ValueError, match=r"1 of .* transitions have a displacement"):
+            quick(model, data, num_steps=None, num_epochs=1)
+
+    def test_a_loss_that_explodes(self):
+        model = small_model()
+        with pytest.raises(RuntimeError, match=r"loss is .* lower learning_rate"):
+            quick(model, random_transitions(40), learning_rate=1e30, evaluate_every=1)
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
