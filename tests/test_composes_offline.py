@@ -141,7 +141,7 @@ def test_imitates_the_best_of_it(dataset):
 def test_beside_online_data(dataset):
     torch.manual_seed(0)
     model = BacktrackModel(3, 1, num_cells=(8,))
-    keys = ["observation", "action", ("next", "observation"), "index"]
+    keys = ["observation", "action", ("next", "observation")]
     offline = read(dataset, 4, transform=lambda data: data.select(*keys))
     buffer = OfflineToOnlineReplayBuffer(
         offline,

@@ -45,6 +45,9 @@ class BacktrackLoss(LossModule):
     An ensemble's loss is the mean of its members' own: each learns by itself, as it would alone up
     to the scale of its gradient. The likelihood of their mixture would let them divide the data.
 
+    In several processes (``DistributedDataParallel``) the running statistics are those of the first
+    process's batches.
+
     Args:
         model (BacktrackModel): the model to fit; the very object, not a copy.
 

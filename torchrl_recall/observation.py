@@ -90,7 +90,7 @@ class ObservationCodec(nn.Module):
         if self.is_discrete and "continuous" in self.formats:
             raise ValueError(
                 f"observation mixes continuous and discrete keys {self.keys}, expected one kind; "
-                "leave one out of observation_keys or encode them into one vector."
+                "leave one out of observation_keys or encode them (EncoderTransform)."
             )
         if self.is_discrete:
             self.size = len(self.cardinality)

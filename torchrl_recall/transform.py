@@ -49,6 +49,10 @@ class BacktrackTransform(Transform):
     environment it does nothing. The model is shared, not owned: it stays out of ``parameters()``,
     ``state_dict()`` and ``to()`` of the transform; so do ``start``, ``masks`` and ``support``.
 
+    Observations that no model takes as they are (images, continuous and discrete keys together) go
+    through an `EncoderTransform` first. ``HERReplayBuffer`` changes goals after its transforms have
+    run: where goals are part of the state, call the transform on what that buffer has sampled.
+
     Args:
         model (BacktrackModel): the model to walk with, as it is at each call.
 
