@@ -64,6 +64,24 @@ def as_float(value: Real) -> float:
         return math.inf if value > 0 else -math.inf
 
 
+def check_coefficient(name: str, value: Any, low: float = -1e30) -> float:
+    """Return the factor of a loss, in [low, 1e30]: beyond, float32 has no room for the product."""
+    return check_real(name, value, low, 1e30)
+
+
+def usable_device(name: str, device: Any) -> torch.device | None:
+    """Return a device that tensors can be put on (or None for None), or refuse it by name."""
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{name} {device!r} cannot be used: {reason}") from None
+    return found
+
+
 def check_flag(name: str, value: Any) -> bool:
     """Return ``value`` if it is True or False, or refuse it by name."""
     if not isinstance(value, bool):

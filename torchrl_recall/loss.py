@@ -17,7 +17,7 @@ from torchrl.data.tensor_specs import TensorSpec
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
-from torchrl_recall.checks import check_finite, check_flag, check_real
+from torchrl_recall.checks import check_coefficient, check_finite, check_flag, check_real
 from torchrl_recall.imitation_distance import (
     OF_VALUES,
     Distance,
@@ -152,10 +152,10 @@ class RecallTraceLoss(LossModule):
         self.reduction = check_reduction(reduction)
         self.backtrack = None if model is None else BacktrackLoss(model, reduction=reduction)
         self.register_coeff_buffer(
-            "imitation_coeff", check_real("imitation_coeff", imitation_coeff)
+            "imitation_coeff", check_coefficient("imitation_coeff", imitation_coeff)
         )
         self.register_coeff_buffer(
-            "backtrack_coeff", check_real("backtrack_coeff", backtrack_coeff)
+            "backtrack_coeff", check_coefficient("backtrack_coeff", backtrack_coeff)
         )
         self.loss_function = loss_function
         self.margin = check_real("margin", margin, 0.0)

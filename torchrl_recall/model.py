@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import EnvBase
 
-from torchrl_recall.checks import check_at_least_one, check_choice, check_interval, check_key
+from torchrl_recall.checks import (
+    check_at_least_one,
+    check_choice,
+    check_interval,
+    check_key,
+    usable_device,
+)
 from torchrl_recall.delta_head import build_delta_head
 from torchrl_recall.ensemble import Ensemble, mixed_terms
 from torchrl_recall.environment_specs import model_arguments
@@ -121,18 +127,13 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
         super().__init__()
         observations = as_mapping(observation, observation_keys)
         dtype = choose_dtype(observations, dtype)
-        if not (isinstance(activation_class, type) and issubclass(activation_class, nn.Module)):
-            raise TypeError(f"activation_class must be a Module class, got {activation_class!r}.")
-        if not isinstance(num_cells, Sequence):
-            raise TypeError(f"num_cells must be a sequence of widths, got {num_cells!r}.")
-        num_cells = [check_at_least_one("num_cells", width) for width in num_cells]
         action_range = check_interval("action_log_scale_range", action_log_scale_range)
         delta_range = check_interval("delta_log_scale_range", delta_log_scale_range)
         num_components = check_at_least_one("num_components", num_components)
         self.num_members = check_at_least_one("num_members", num_members)
         self.member_per: MemberPer = check_choice("member_per", member_per, MemberPer)
         uniform = check_choice("reverse_action", reverse_action, ReverseAction) == "uniform"
-        factory: dict[str, Any] = {"dtype": dtype, "device": device}
+        factory: dict[str, Any] = {"dtype": dtype, "device": usable_device("device", device)}
 
         self.observation = ObservationCodec(observations, **factory)
         self.action, self.action_key = build_action(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchrl.modules import MLP
 
-from torchrl_recall.checks import check_flag
+from torchrl_recall.checks import check_at_least_one, check_flag
 
 # The names of a set's networks, on the model itself or on a member of an ensemble.
 NETWORKS = ("action_network", "delta_network", "stop_network")
@@ -42,7 +42,7 @@ def add_networks(model: Any, **options: Any) -> None:
         model (BacktrackModel): with its codecs and heads.
         **options: of `build_networks`.
     """
-    check_flag("stop", options["stop"])
+    _check_options(**options)
     sets = [build_networks(model, **options) for _ in range(model.num_members)]
     if model.num_members == 1:
         for name, network in sets[0].items():
@@ -110,6 +110,24 @@ def start_heads(model: Any) -> None:
             start_scale: Any = getattr(head, "start_scale", None)
             if network is not None and start_scale is not None:
                 start_scale(list(network.children())[-1])
+
+
+def _check_options(stop: Any, num_cells: Any, activation_class: Any, **_: Any) -> None:
+    """Refuse what no networks can be built of."""
+    check_flag("stop", stop)
+    if not isinstance(num_cells, Sequence):
+        raise TypeError(f"num_cells must be a sequence of widths, got {num_cells!r}.")
+    for width in num_cells:
+        check_at_least_one("num_cells", width)
+    try:
+        made = activation_class()
+    except (TypeError, ValueError):
+        made = None
+    if not isinstance(made, nn.Module) or not isinstance(activation_class, type):
+        raise TypeError(
+            "activation_class must be a Module class that needs no arguments, got "
+            f"{activation_class!r}."
+        )
 
 
 def choose_dtype(observations: Mapping[Any, Any], dtype: torch.dtype | None) -> torch.dtype:

@@ -358,6 +358,8 @@ def as_mapping(observation: Any, keys: Sequence[NestedKey] | None) -> dict[Neste
         batch = observation.ndim
         leaves = {unravel_key(key): spec for key, spec in observation.items(True, True)}
         observation = {key: spec[(0,) * batch] if batch else spec for key, spec in leaves.items()}
+    if isinstance(observation, TensorDictBase):
+        raise TypeError("observation must be sizes or specs by key, got a TensorDict of data.")
     if not isinstance(observation, Mapping):
         keys = ["observation"] if keys is None else check_keys("observation_keys", keys)
         if len(keys) != 1:

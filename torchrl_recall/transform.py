@@ -198,6 +198,8 @@ class BacktrackTransform(Transform):
             KeyError: a key is missing, unless ``missing_tolerance`` is set.
             ValueError: empty data, or wrong shapes, dtypes or devices.
         """
+        if not isinstance(tensordict, TensorDictBase):
+            raise TypeError(f"the data must be a TensorDict, got {type(tensordict).__name__}.")
         missing = [key for key in self.in_keys if tensordict.get(key, default=None) is None]
         if missing:
             if self.missing_tolerance:
