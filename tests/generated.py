@@ -16,7 +16,7 @@ from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot, Unbound
 from torchrl.modules import IndependentNormal, OneHotCategorical, ProbabilisticActor, TanhNormal
 
 from torchrl_recall import BacktrackModel
-from torchrl_recall.observation import ObservationCodec
+from torchrl_recall.model.observation import ObservationCodec
 
 BATCHES = ((), (1,), (5,), (2, 3), (2, 1, 2))
 LATTICE = torch.tensor([[0.0, 0.0], [0.5, 0.0], [-0.5, 0.0], [0.0, 0.5], [0.0, -0.5]])

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.checks import check_coefficient, check_flag
-from torchrl_recall.joint_action import as_keys, samples_entropy
 from torchrl_recall.masking import (
     Reduction,
     blank_rows,
@@ -28,7 +27,8 @@ from torchrl_recall.masking import (
     rows_in_range,
 )
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.observation import sorted_keys
+from torchrl_recall.model.joint_action import as_keys, samples_entropy
+from torchrl_recall.model.observation import sorted_keys
 from torchrl_recall.random_source import RandomSource
 
 

@@ -27,7 +27,7 @@ from torchrl_recall.checks import (
 )
 from torchrl_recall.masking import blank_rows, one_each
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.observation import sorted_keys
+from torchrl_recall.model.observation import sorted_keys
 from torchrl_recall.portable_generator import carry_generator, unpack_generator
 from torchrl_recall.starts import StartStates
 from torchrl_recall.trace_masks import TraceMask

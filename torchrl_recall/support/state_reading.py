@@ -13,7 +13,7 @@ from tensordict import LazyStackedTensorDict, NestedKey, TensorDict, TensorDictB
 from torch import Tensor
 from torchrl.data import ReplayBuffer, Storage
 
-from torchrl_recall.observation import sorted_keys
+from torchrl_recall.model.observation import sorted_keys
 
 
 def as_keys(name: str, keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchrl_recall.heads import CategoricalHead, NormalDelta, SupportDelta
-from torchrl_recall.mixture import MixtureDelta
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.heads import CategoricalHead, NormalDelta, SupportDelta
+from torchrl_recall.model.mixture import MixtureDelta
 
 
 def disagreement(model: BacktrackModel, action: Tensor, next_state: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def disagreement(model: BacktrackModel, action: Tensor, next_state: Tensor) -> T
     Examples:
         >>> import torch
         >>> from torchrl_recall import BacktrackModel
-        >>> from torchrl_recall.disagreement import disagreement
+        >>> from torchrl_recall.model.disagreement import disagreement
         >>> model = BacktrackModel(3, 1, num_cells=(32,), num_members=5)
         >>> disagreement(model, torch.zeros(7, 1), torch.randn(7, 3)).shape
         torch.Size([7])

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torchrl.data.tensor_specs import Bounded, Categorical, OneHot, TensorSpec, Unbounded
 
 from torchrl_recall.checks import check_at_least_one, check_device, check_finite, is_one_hot
-from torchrl_recall.factors import Choices, FactoredHead, are_several
-from torchrl_recall.heads import CategoricalHead, NormalHead, TanhNormalHead
-from torchrl_recall.observation import sorted_keys
-from torchrl_recall.uniform import UniformHead
+from torchrl_recall.model.factors import Choices, FactoredHead, are_several
+from torchrl_recall.model.heads import CategoricalHead, NormalHead, TanhNormalHead
+from torchrl_recall.model.observation import sorted_keys
+from torchrl_recall.model.uniform import UniformHead
 
 
 class ActionCodec(nn.Module):

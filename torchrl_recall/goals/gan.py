@@ -18,8 +18,8 @@ from torchrl.data.tensor_specs import Bounded
 from torchrl.modules import MLP
 
 from torchrl_recall.checks import check_at_least_one, check_device, check_real
-from torchrl_recall.goal_space import GoalMemory, GoalSpace
-from torchrl_recall.lsgan import discriminator_loss, generator_loss
+from torchrl_recall.goals.lsgan import discriminator_loss, generator_loss
+from torchrl_recall.goals.space import GoalMemory, GoalSpace
 from torchrl_recall.starts.batch import key_list
 
 GoalToState = Callable[[Tensor], Any]

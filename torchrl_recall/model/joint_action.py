@@ -14,10 +14,10 @@ from tensordict import NestedKey, TensorDictBase, unravel_key
 from torch import Tensor, nn
 from torchrl.data.tensor_specs import Composite, TensorSpec
 
-from torchrl_recall.action import ActionCodec
 from torchrl_recall.checks import check_key
-from torchrl_recall.heads import TanhNormalHead
-from torchrl_recall.observation import as_mapping
+from torchrl_recall.model.action import ActionCodec
+from torchrl_recall.model.heads import TanhNormalHead
+from torchrl_recall.model.observation import as_mapping
 
 
 class JointHead(nn.Module):
@@ -33,7 +33,7 @@ class JointHead(nn.Module):
 
     Examples:
         >>> import torch
-        >>> from torchrl_recall.heads import CategoricalHead, NormalHead
+        >>> from torchrl_recall.model.heads import CategoricalHead, NormalHead
         >>> head = JointHead([CategoricalHead(2), NormalHead(1, (-5.0, 2.0))], torch.ones(()))
         >>> parameters = torch.tensor([0.0, 9.0, 5.0, -99.0])  # class 1, and a number near 5
         >>> head.sample(parameters, torch.zeros(2))[0]

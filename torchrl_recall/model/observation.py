@@ -33,7 +33,7 @@ from torchrl_recall.checks import (
     check_keys,
     is_one_hot,
 )
-from torchrl_recall.normalization import RunningNormalizer
+from torchrl_recall.model.normalization import RunningNormalizer
 
 # A joint code makes small discrete spaces exactly tabular; beyond this it costs more than it gives.
 MAX_JOINT_STATES = 1024

@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from torchrl_recall.normalization import RunningNormalizer
-from torchrl_recall.observation import ObservationCodec
+from torchrl_recall.model.normalization import RunningNormalizer
+from torchrl_recall.model.observation import ObservationCodec
 
 LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
 # Actions stay this far inside their bounds, where the squashed density is finite.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchrl_recall.networks import NETWORKS
+from torchrl_recall.model.networks import NETWORKS
 
 
 class Ensemble:

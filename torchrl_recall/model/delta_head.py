@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from torchrl_recall.checks import check_tensor
-from torchrl_recall.heads import ClassDelta, NormalDelta, SupportDelta
-from torchrl_recall.mixture import MixtureDelta
-from torchrl_recall.observation import ObservationCodec
+from torchrl_recall.model.heads import ClassDelta, NormalDelta, SupportDelta
+from torchrl_recall.model.mixture import MixtureDelta
+from torchrl_recall.model.observation import ObservationCodec
 
 
 def build_delta_head(

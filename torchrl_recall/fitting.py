@@ -17,7 +17,7 @@ from torchrl.data import ReplayBuffer, Storage
 from torchrl_recall.backtrack_loss import BacktrackLoss
 from torchrl_recall.checks import check_at_least_one, check_real
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.state_reading import stored_data
+from torchrl_recall.support.state_reading import stored_data
 from torchrl_recall.transitions import (
     ROWS_AT_ONCE,
     backward_log_prob,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchrl_recall.checks import check_finite, check_flag, check_real
 from torchrl_recall.masking import fill_rows, filled_entries, one_each
-from torchrl_recall.observation import sorted_keys
+from torchrl_recall.model.observation import sorted_keys
 
 
 @dataclass

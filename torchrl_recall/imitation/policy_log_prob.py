@@ -12,8 +12,8 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import CompositeDistribution
 from torch import Tensor
 
-from torchrl_recall.joint_action import as_keys
-from torchrl_recall.observation import sorted_keys
+from torchrl_recall.model.joint_action import as_keys
+from torchrl_recall.model.observation import sorted_keys
 
 
 def policy_in_keys(actor: Any) -> list[NestedKey]:

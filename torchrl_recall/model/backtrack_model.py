@@ -23,12 +23,12 @@ from torchrl_recall.checks import (
     check_key,
     usable_device,
 )
-from torchrl_recall.delta_head import build_delta_head
-from torchrl_recall.ensemble import Ensemble, mixed_terms
-from torchrl_recall.environment_specs import model_arguments
-from torchrl_recall.joint_action import as_keys, build_action
-from torchrl_recall.networks import add_networks, choose_dtype, start_heads
-from torchrl_recall.observation import ObservationCodec, as_mapping
+from torchrl_recall.model.delta_head import build_delta_head
+from torchrl_recall.model.ensemble import Ensemble, mixed_terms
+from torchrl_recall.model.environment_specs import model_arguments
+from torchrl_recall.model.joint_action import as_keys, build_action
+from torchrl_recall.model.networks import add_networks, choose_dtype, start_heads
+from torchrl_recall.model.observation import ObservationCodec, as_mapping
 
 MemberPer = Literal["step", "trace"]
 ReverseAction = Literal["learned", "uniform"]
@@ -71,7 +71,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
             leads here from two sides) take 2 to 5. Categorical heads have all modes already.
         num_members (int): sets of networks, each learned by itself from its own initial values;
             the statistics are shared. An ensemble of about 5 shows by its members' disagreement
-            (`torchrl_recall.disagreement`) where the model has seen no data, and its traces
+            (`torchrl_recall.model.disagreement`) where the model has seen no data, and its traces
             are as varied as its members. It costs that many times a single model's training.
         member_per (str): the member that walks is drawn anew for each ``"step"``, so that no error
             of one member adds up, or for each ``"trace"``, which stays consistent.

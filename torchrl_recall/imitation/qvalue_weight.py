@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.checks import check_finite, check_flag
-from torchrl_recall.imitation_weights import (
+from torchrl_recall.imitation.weights import (
     ImitationKeys,
     PositivePart,
     check_network,

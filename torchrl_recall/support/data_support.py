@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchrl_recall.checks import check_at_least_one, check_real
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.state_reading import (
+from torchrl_recall.support.state_reading import (
     as_keys,
     check_positive,
     check_size,

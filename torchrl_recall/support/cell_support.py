@@ -12,8 +12,9 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.observation import ObservationCodec
-from torchrl_recall.state_reading import (
+from torchrl_recall.model.observation import ObservationCodec
+from torchrl_recall.support.data_support import Keys
+from torchrl_recall.support.state_reading import (
     as_keys,
     check_positive,
     check_size,
@@ -22,7 +23,6 @@ from torchrl_recall.state_reading import (
     to_cells,
     usable_rows,
 )
-from torchrl_recall.support import Keys
 
 # Rows of a storage read at a time.
 CHUNK = 65_536

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from torchrl_recall.heads import bounded_log_scale, normal_log_prob, sample_index
-from torchrl_recall.normalization import RunningNormalizer
+from torchrl_recall.model.heads import bounded_log_scale, normal_log_prob, sample_index
+from torchrl_recall.model.normalization import RunningNormalizer
 
 
 class MixtureDelta(nn.Module):

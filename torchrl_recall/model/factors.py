@@ -21,7 +21,7 @@ from torchrl.data.tensor_specs import (
 )
 
 from torchrl_recall.checks import is_one_hot
-from torchrl_recall.heads import sample_index
+from torchrl_recall.model.heads import sample_index
 
 
 class FactoredHead(nn.Module):

@@ -14,7 +14,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from torchrl_recall.masking import fill_rows, one_each
-from torchrl_recall.observation import sorted_keys
+from torchrl_recall.model.observation import sorted_keys
 
 _MASK = ("collector", "mask")
 # The backward model's: under such a name PPO would take it for the policy's own.
