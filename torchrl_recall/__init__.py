@@ -2,10 +2,10 @@
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
 from torchrl_recall.cell_support import CellSupport
+from torchrl_recall.encoder import EncoderTransform
 from torchrl_recall.fit import fit
 from torchrl_recall.goals import GoalGAN
 from torchrl_recall.imitation_weights import AdvantageWeight
-from torchrl_recall.encoder import EncoderTransform
 from torchrl_recall.loss import RecallTraceLoss
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.qvalue_weight import QValueWeight
@@ -25,9 +25,9 @@ __all__ = [
     "BacktrackTransform",
     "CellSupport",
     "DataSupport",
+    "EncoderTransform",
     "GoalGAN",
     "QValueWeight",
-    "EncoderTransform",
     "RecallTraceLoss",
     "TraceLengthScheduler",
     "ValuePrioritizedSampler",
