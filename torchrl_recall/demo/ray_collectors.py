@@ -125,6 +125,7 @@ class SupervisedCollectors:
         with the weights as they are then.
         """
         import ray
+        from ray.exceptions import RayActorError
 
         for worker in range(len(self._collector.remote_collectors)):
             self._call(worker)
@@ -134,7 +135,7 @@ class SupervisedCollectors:
                 call = self._calls.pop(future)
                 try:
                     _, data = ray.get([call.weights_arrived, future])
-                except ray.exceptions.RayActorError as error:
+                except RayActorError as error:
                     self._note_failure(error)
                 else:
                     self._failures_in_a_row = 0
@@ -147,7 +148,8 @@ class SupervisedCollectors:
 
         if self._sent is None or self._sent[0] != self.version:
             # One copy in Ray's object store, whatever the number of workers.
-            self._sent = self.version, ray.put(TensorDict.from_module(self.policy).data.clone())
+            weights: Any = TensorDict.from_module(self.policy)
+            self._sent = self.version, ray.put(weights.data.clone())
         version, weights = self._sent
         actor = self._collector.remote_collectors[worker]
         arrived = actor.update_policy_weights_.remote(weights)
