@@ -22,10 +22,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -257,6 +259,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--address", help="of a Ray cluster, such as auto; default: start Ray here")
     parser.add_argument("--check", action="store_true", help="check the weights of each rollout")
     options = parser.parse_args(arguments)
+    if find_spec("ray") is None:
+        print("missing ray: pip install ray", file=sys.stderr)
+        return 2
     result = train(
         Settings(size=options.size, steps=options.steps),
         num_collectors=options.collectors,
