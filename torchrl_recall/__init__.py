@@ -7,11 +7,6 @@ from torchrl_recall.goals.gan import GoalGAN
 from torchrl_recall.imitation.qvalue_weight import QValueWeight
 from torchrl_recall.imitation.trace_transitions import trace_transitions
 from torchrl_recall.imitation.weights import AdvantageWeight
-from torchrl_recall.cell_support import CellSupport
-from torchrl_recall.encoder import EncoderTransform
-from torchrl_recall.fit import fit
-from torchrl_recall.goals import GoalGAN
-from torchrl_recall.imitation_weights import AdvantageWeight
 from torchrl_recall.loss import RecallTraceLoss
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.refresh import ValueRefresh
