@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.learning import goal_coverage
+from bench.learning import report as ablation
 from bench.report import in_readme, machine_line
 from torchrl_recall.demo.report import table
 
@@ -42,6 +44,11 @@ def test_the_speeds_are_the_committed_ones():
     assert len(tables) == 3
     for wanted in (machine_line(saved), *tables):
         assert wanted in README
+
+
+def test_what_the_parts_are_worth_is_drawn_from_the_committed_results():
+    assert ablation.in_readme(ablation.read(ROOT / "bench/results/ablation")) in README
+    assert goal_coverage.tables(goal_coverage.load())[0] in README
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))

@@ -118,12 +118,10 @@ def half_width(values: np.ndarray, axis: int = 0) -> Any:
     return quantile * values.std(axis, ddof=1) / math.sqrt(n)
 
 
-def report() -> None:
-    """Print the table and draw the figure."""
-    runs = load()
-    curves = {v: np.array([r["coverage"] for r in found.values()]) for v, found in runs.items()}
-    first = next(iter(runs["uniform"].values()))
-    steps = np.array(first["steps"])
+def tables(runs: dict[str, dict[int, dict[str, Any]]]) -> tuple[str, str]:
+    """Return the variants' coverage, and paired differences, as tables in Markdown."""
+    curves = _curves(runs)
+    steps = _steps(runs)
     numbers = {
         "final": {v: c[:, -1] for v, c in curves.items()},
         "area": {
@@ -131,20 +129,34 @@ def report() -> None:
             for v, c in curves.items()
         },
     }
-    count = len(curves["uniform"])
-    print(f"{count} seeds, {steps[-1]} environment steps; mean ± 95 % t-interval\n")
-    print("| variant | final coverage | area under the curve |")
-    print("|---|---|---|")
+    variants = ["| variant | final coverage | area under the curve |", "|---|---|---|"]
     # No times: the machine was shared, and not alike by all.
     for variant in runs:
         final, area = (interval(numbers[name][variant]) for name in ("final", "area"))
-        print(f"| {variant} | {final} | {area} |")
-    print("\n| paired difference | final coverage | area under the curve |")
-    print("|---|---|---|")
+        variants.append(f"| {variant} | {final} | {area} |")
+    pairs = ["| paired difference | final coverage | area under the curve |", "|---|---|---|"]
     for one, other in PAIRS:
         parts = [numbers[name][one] - numbers[name][other] for name in ("final", "area")]
         cells = " | ".join(f"{x.mean():+.3f} ± {half_width(x):.3f}" for x in parts)
-        print(f"| {one} − {other} | {cells} |")
+        pairs.append(f"| {one} − {other} | {cells} |")
+    return "\n".join(variants), "\n".join(pairs)
+
+
+def _curves(runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, np.ndarray]:
+    return {v: np.array([r["coverage"] for r in found.values()]) for v, found in runs.items()}
+
+
+def _steps(runs: dict[str, dict[int, dict[str, Any]]]) -> np.ndarray:
+    return np.array(next(iter(runs["uniform"].values()))["steps"])
+
+
+def report() -> None:
+    """Print the tables and draw the figure."""
+    runs = load()
+    curves, steps = _curves(runs), _steps(runs)
+    count = len(curves["uniform"])
+    print(f"{count} seeds, {steps[-1]} environment steps; mean ± 95 % t-interval\n")
+    print("\n\n".join(tables(runs)))
     draw(curves, steps)
     print(f"\n{FIGURE}")
 
