@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.peers.plain import Noise
 from torchrl_recall import BacktrackModel
-from torchrl_recall.heads import GaussianHead
+from torchrl_recall.model.heads import GaussianHead
 from torchrl_recall.traces import draw_noise
 from torchrl_recall.traces.walk import reference_walk
 

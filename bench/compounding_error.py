@@ -273,7 +273,7 @@ def table(task: str, found: dict[str, list[dict[str, Any]]]) -> list[str]:
         cells = []
         for i in range(len(STEPS)):
             mean = np.mean([r["mean"][i] for r in results])
-            cells.append(f"{interval([r['median'][i] for r in results])} ({mean:.2f})")
+            cells.append(f"{interval([r['median'][i] for r in results], 3)} ({mean:.2f})")
         # One real step from the oldest state: what friction has forgotten by the end of a replay.
         cells.append(interval([r["path"][0] for r in results]))
         for column in columns:
@@ -289,7 +289,7 @@ def draw(found: dict[tuple[str, str], list[dict[str, Any]]], tasks: list[str]) -
 
     from torchrl_recall.diagnostics.figures import STYLES
 
-    figure = Figure(figsize=(3.6 * len(tasks) + 0.4, 3.4), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(tasks) + 0.4, 3.9), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
         for (row, label), style in zip(ROWS.items(), STYLES, strict=False):
@@ -305,7 +305,8 @@ def draw(found: dict[tuple[str, str], list[dict[str, Any]]], tasks: list[str]) -
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("error at the end, std of the state")
-    panels[0].legend(fontsize="x-small")
+    shown = panels[0].get_legend_handles_labels()
+    figure.legend(*shown, loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(FIGURE, dpi=150)
 
 

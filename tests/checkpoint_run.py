@@ -27,7 +27,7 @@ from torchrl_recall import (
 )
 from torchrl_recall.checkpoint import RecallCheckpoint
 from torchrl_recall.envs import FourRoomsEnv
-from torchrl_recall.observation import ObservationCodec
+from torchrl_recall.model.observation import ObservationCodec
 
 
 class Carried:

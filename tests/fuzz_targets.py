@@ -93,6 +93,10 @@ def model_init(rng):
             "is_init_key": "begins",
             "action_log_scale_range": (-4.0, 1.0),
             "delta_log_scale_range": (-4.0, 1.0),
+            "num_components": 1,
+            "num_members": rng.choice([1, 2]),
+            "member_per": "trace",
+            "reverse_action": "learned",
             "device": "cpu",
         },
     )
@@ -133,18 +137,23 @@ def backtrack_loss(rng):
     setup = make_setup(rng)
     data = transitions(setup, rng.choice(BATCHES[1:]), rng)
     arguments = {"model": setup.model, "data": data}
-    arguments |= pick(rng, {"reduction": rng.choice(REDUCTIONS), "mask_nonfinite": True})
+    options = {"reduction": rng.choice(REDUCTIONS), "mask_nonfinite": True}
+    options |= {"generator": generator(rng)}
+    if not setup.model.action.is_uniform:
+        options["action_entropy_coeff"] = 0.1
+    if setup.model.num_members > 1:
+        options["bootstrap"] = True
+    arguments |= pick(rng, options)
 
     def run(a):
-        options = {name: a[name] for name in ("reduction", "mask_nonfinite") if name in a}
-        loss = BacktrackLoss(a["model"], **options)
+        loss = BacktrackLoss(**{name: x for name, x in a.items() if name != "data"})
         out = loss(a["data"])
         out["loss_backtrack"].sum().backward()
         return out
 
     def check(a, out):
         shape = a["data"].shape if a.get("reduction") == "none" else ()
-        assert out["loss_backtrack"].shape == shape
+        assert out["loss_backtrack"].shape == shape or not a["data"].ndim
         assert finite(out)
         assert all(finite(p.grad) for p in setup.model.parameters() if p.grad is not None)
         statistics = [x for name, x in setup.model.named_buffers() if "normalizer" in name]
@@ -165,10 +174,12 @@ def recall_loss(rng):
     arguments = {"actor": actor, "data": data}
     arguments |= {"model": setup.model} if with_model else {}
     options = {"imitation_coeff": 0.5, "backtrack_coeff": 2, "reduction": rng.choice(REDUCTIONS)}
+    options |= {"discount": rng.choice([0, 0.9]), "normalize_weights": True, "weight": None}
     arguments |= pick(rng, options)
 
     def run(a):
         loss = RecallTraceLoss(**{name: x for name, x in a.items() if name != "data"})
+        loss.set_keys(action=setup.model.action_key)
         out = loss(a["data"])
         sum(x.sum() for name, x in out.items() if name.startswith("loss_")).backward()
         return out
@@ -214,6 +225,7 @@ def walk(rng):
     arguments["num_steps"] = 3 if batch == (2000,) else rng.choice([1, 2, 5, 200])
     options = {"num_traces": rng.choice([1, 3]), "last_visit": True, "generator": generator(rng)}
     options |= {"noise": None, "backend": rng.choice(["auto", "eager"]), "precision": "bfloat16"}
+    options |= {"support": lambda state: state[..., 0] > -1, "num_candidates": rng.choice([1, 4])}
     arguments |= pick(rng, options)
 
     def check(a, trace):
@@ -242,6 +254,8 @@ def transform(rng):
         "precision": "tf32",
         "masks": (lambda trace: trace["collector", "mask"],),
         "start": None,
+        "support": lambda state: state[..., 0] > -1,
+        "num_candidates": rng.choice([1, 4]),
     }
     arguments |= pick(rng, options)
 

@@ -16,7 +16,7 @@ from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot, Unbound
 from torchrl.modules import IndependentNormal, OneHotCategorical, ProbabilisticActor, TanhNormal
 
 from torchrl_recall import BacktrackModel
-from torchrl_recall.observation import ObservationCodec
+from torchrl_recall.model.observation import ObservationCodec
 
 BATCHES = ((), (1,), (5,), (2, 3), (2, 1, 2))
 LATTICE = torch.tensor([[0.0, 0.0], [0.5, 0.0], [-0.5, 0.0], [0.0, 0.5], [0.0, -0.5]])
@@ -67,6 +67,13 @@ def make_setup(rng, *, flat_action=False, stop=None):
     if kind != "several":
         names = [rng.choice(["observation", "pixels", ("agent", "state")])]
     torch.manual_seed(rng.randrange(2**31))
+    options = {}
+    if rng.random() < 0.3:
+        options |= {"num_members": 2, "member_per": rng.choice(["step", "trace"])}
+    if support is None and kind in ("size", "scalar", "image", "several") and rng.random() < 0.3:
+        options["num_components"] = 2
+    if action_kind != "unbounded" and rng.random() < 0.3:
+        options["reverse_action"] = "uniform"
     model = BacktrackModel(
         spec,
         ACTIONS[action_kind](dtype),
@@ -77,6 +84,7 @@ def make_setup(rng, *, flat_action=False, stop=None):
         observation_keys=names,
         action_key=rng.choice(["action", ("agent", "move")]),
         dtype=dtype,
+        **options,
     )
     return SimpleNamespace(model=model, kind=kind, action_kind=action_kind, dtype=dtype)
 

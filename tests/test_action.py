@@ -7,8 +7,8 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import Bounded, Categorical, OneHot, Unbounded
 
-from torchrl_recall.action import ActionCodec
-from torchrl_recall.heads import CategoricalHead, NormalHead, TanhNormalHead
+from torchrl_recall.model.action import ActionCodec
+from torchrl_recall.model.heads import CategoricalHead, NormalHead, TanhNormalHead
 
 F32, F64 = torch.float32, torch.float64
 CPU = torch.device("cpu")

@@ -34,7 +34,7 @@ def test_tables_and_figure(tmp_path, monkeypatch, capsys):
     table = {row[0].strip("| "): [cell.strip("| ") for cell in row[1:]] for row in rows}
     # Seeds 0, 1 and 2 lie one apart: the interval by scipy.
     half = stats.t.ppf(0.975, 2) / math.sqrt(3)
-    expected = [f"{k * 0.1 + 1:.2f} ± {half:.2f} ({k * 0.1:.2f})" for k in bench.STEPS]
+    expected = [f"{k * 0.1 + 1:.3f} ± {half:.3f} ({k * 0.1:.2f})" for k in bench.STEPS]
     assert table["single Gaussian"][:4] == expected
     assert table["single Gaussian"][4:] == [
         "0.50 ± 0.00",

@@ -30,7 +30,7 @@ from transform_data import SIZE, T, check_traces, same
 
 from torchrl_recall import BacktrackModel, BacktrackTransform, ValuePrioritizedSampler
 from torchrl_recall.envs import FourRoomsEnv
-from torchrl_recall.heads import SupportDelta
+from torchrl_recall.model.heads import SupportDelta
 
 BATCH, FRAMES = 8, 8
 make_maze = partial(FourRoomsEnv, 5)

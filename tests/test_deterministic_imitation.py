@@ -17,7 +17,7 @@ from torchrl.objectives.bc import BCLoss
 from weight_data import make_critic
 
 from torchrl_recall import AdvantageWeight, RecallTraceLoss
-from torchrl_recall.imitation_distance import action_distance, value_distance
+from torchrl_recall.imitation.distance import action_distance, value_distance
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from torchrl_recall.diagnostics import (
 )
 from torchrl_recall.diagnostics.cdf import value_cdf
 from torchrl_recall.envs import exact_backtrack_model
-from torchrl_recall.heads import CategoricalHead
+from torchrl_recall.model.heads import CategoricalHead
 
 # A true model fails this often over all seeds; the seeds are fixed.
 ERROR_RATE = 1e-3

@@ -9,7 +9,6 @@ import torch
 from scipy import stats
 from tensordict import TensorDict
 
-from torchrl_recall.cell_support import CellSupport
 from torchrl_recall.diagnostics import distance as module
 from torchrl_recall.diagnostics import (
     distance_to_data,
@@ -18,7 +17,8 @@ from torchrl_recall.diagnostics import (
     outside_support,
     reached_goals,
 )
-from torchrl_recall.support import DataSupport
+from torchrl_recall.support.cell_support import CellSupport
+from torchrl_recall.support.data_support import DataSupport
 
 F64 = torch.float64
 

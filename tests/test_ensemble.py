@@ -17,7 +17,7 @@ from trace_data import CELLS, F32, F64, make_model, randn
 
 from torchrl_recall import BacktrackLoss, BacktrackModel
 from torchrl_recall.diagnostics import tabular_kernel
-from torchrl_recall.disagreement import disagreement
+from torchrl_recall.model.disagreement import disagreement
 
 
 def make_ensemble(observation="normal", action="tanh", num_members=3, **kwargs):

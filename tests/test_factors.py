@@ -11,8 +11,8 @@ from torchrl.data import Binary, Categorical, MultiCategorical, MultiOneHot, One
 from trace_data import assert_same
 
 from torchrl_recall import BacktrackLoss, BacktrackModel, sample_traces
-from torchrl_recall.action import ActionCodec
-from torchrl_recall.factors import FactoredHead
+from torchrl_recall.model.action import ActionCodec
+from torchrl_recall.model.factors import FactoredHead
 from torchrl_recall.traces import draw_noise
 from torchrl_recall.traces.eager import unsupported
 

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 
 from torchrl_recall import GoalGAN
-from torchrl_recall.goal_success import success_rates
+from torchrl_recall.goals.success import success_rates
 
 
 def steps(width=2, dtype=torch.float32, envs=6, length=40):

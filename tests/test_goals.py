@@ -11,8 +11,8 @@ from goal_data import fit_ring, generator, in_ring, make_gan
 from torchrl.data import Bounded
 from transform_data import same
 
-from torchrl_recall.goal_space import GoalMemory
-from torchrl_recall.lsgan import discriminator_loss, generator_loss
+from torchrl_recall.goals.lsgan import discriminator_loss, generator_loss
+from torchrl_recall.goals.space import GoalMemory
 
 
 class TestLabel:

@@ -13,7 +13,7 @@ from torchrl.data import Bounded, MultiCategorical, Unbounded
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.modules import TanhNormal
 
-from torchrl_recall.heads import (
+from torchrl_recall.model.heads import (
     TANH_MARGIN,
     CategoricalHead,
     ClassDelta,
@@ -25,7 +25,7 @@ from torchrl_recall.heads import (
     sample_index,
     tanh_log_jacobian,
 )
-from torchrl_recall.observation import ObservationCodec
+from torchrl_recall.model.observation import ObservationCodec
 
 F32, F64 = torch.float32, torch.float64
 RANGE = (-3.0, 1.0)

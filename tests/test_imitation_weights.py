@@ -14,7 +14,7 @@ from weight_data import GAMMA, WeightedContract, double, make_critic, weigh
 
 from torchrl_recall import AdvantageWeight, RecallTraceLoss
 from torchrl_recall.envs import FourRoomsEnv
-from torchrl_recall.imitation_weights import ImitationKeys, returns_along
+from torchrl_recall.imitation.weights import ImitationKeys, returns_along
 
 
 @pytest.fixture(autouse=True)

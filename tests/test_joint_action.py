@@ -30,7 +30,7 @@ from torchrl_recall import (
     RecallTraceLoss,
     sample_traces,
 )
-from torchrl_recall.heads import CategoricalHead, NormalHead, TanhNormalHead
+from torchrl_recall.model.heads import CategoricalHead, NormalHead, TanhNormalHead
 from torchrl_recall.traces import draw_noise
 
 F64 = torch.float64

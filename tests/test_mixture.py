@@ -15,8 +15,8 @@ from torchrl.data import Categorical, MultiCategorical
 from trace_data import ACTIONS, F32, F64, assert_same, make_model, make_noise, make_start, randn
 
 from torchrl_recall import BacktrackLoss, BacktrackModel, sample_traces
-from torchrl_recall.heads import NormalDelta
-from torchrl_recall.mixture import MixtureDelta
+from torchrl_recall.model.heads import NormalDelta
+from torchrl_recall.model.mixture import MixtureDelta
 from torchrl_recall.traces import triton_walk
 
 # Sampling tests fail a correct sampler this often over all seeds; the seeds are fixed.

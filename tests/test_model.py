@@ -20,7 +20,7 @@ from torchrl.modules import TanhNormal
 
 from torchrl_recall import BacktrackModel
 from torchrl_recall.envs import FourRoomsEnv
-from torchrl_recall.heads import (
+from torchrl_recall.model.heads import (
     CategoricalHead,
     ClassDelta,
     NormalDelta,

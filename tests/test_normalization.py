@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchrl_recall.normalization import RunningNormalizer
+from torchrl_recall.model.normalization import RunningNormalizer
 
 CHUNKS = (1, 7, 0, 64, 3)
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}

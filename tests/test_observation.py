@@ -15,7 +15,7 @@ from torchrl.data import (
     Unbounded,
 )
 
-from torchrl_recall.observation import ObservationCodec
+from torchrl_recall.model.observation import ObservationCodec
 
 F32, F64 = torch.float32, torch.float64
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import uuid
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,12 @@ def ray():
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own, while it starts
-        with ray_running(4):
+        try:
+            running = ExitStack()
+            running.enter_context(ray_running(4))
+        except Exception as error:  # its own services have 15 seconds, or Ray gives up
+            pytest.skip(f"Ray does not start here: {error}")
+        with running:
             yield ray
 
 
@@ -123,33 +129,40 @@ def test_traces_are_walked_with_the_model_that_is_trained(ray):
         recall.close()
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
-def test_goes_on_without_a_worker(ray, sign):
-    """One of two workers is killed, or hangs; it comes back, and nobody waited for it."""
+class Enough(Exception):
+    """Seen what there was to see."""
+
+
+@pytest.mark.parametrize(
+    ("sign", "number"), [(signal.SIGKILL, 2), (signal.SIGSTOP, 2), (signal.SIGKILL, 1)]
+)
+def test_goes_on_without_a_worker(ray, sign, number):
+    """A worker is killed, or hangs; it comes back, and no other waited for it."""
     from torchrl_recall.demo.ray import train
 
-    hit, later = [], []
+    hit, alive = [], []
 
     def progress(steps):
-        if steps >= 500 and not hit:
+        if steps < 500:
+            return
+        if not hit:
             hit.append(workers(ray)[0])
             os.kill(hit[0], sign)
-        elif hit:
-            later.append(len(set(workers(ray)) - set(hit)))
-
-    settings = steps_of(1_500_000)
-
-    class Enough(Exception):
-        pass
-
-    def until_back(steps):
-        progress(steps)
-        if len(later) > 20 and later[-1] == 2:
+            return
+        alive.append(len(set(workers(ray)) - set(hit)))
+        if len(alive) > 20 and alive[-1] == number:
             raise Enough
 
     with pytest.raises(Enough):
-        train(settings, timeout=20.0, stop_when_solved=False, progress=until_back)
-    assert later.count(1) > 5  # training went on meanwhile, with one worker
+        train(
+            steps_of(10**7),
+            num_collectors=number,
+            timeout=20.0,
+            stop_when_solved=False,
+            progress=progress,
+        )
+    if number == 2:
+        assert alive.count(1) > 5  # training went on meanwhile, with one worker
     assert wait_until(lambda: not workers(ray), 10)
 
 
@@ -195,6 +208,8 @@ def test_no_process_is_left(killed):
             assert wait_until(is_running, 200)
             run.kill()
         _, errors = run.communicate()
+        if b"timed out during startup" in errors.rpartition(b"Exception: ")[2]:
+            pytest.skip("Ray does not start here")
         assert killed or run.returncode == 0, errors.decode()
         assert wait_until(lambda: not left(), 30), [command_of(pid) for pid in left()]
     finally:

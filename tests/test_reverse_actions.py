@@ -23,7 +23,7 @@ from trace_data import (
 )
 
 from torchrl_recall import BacktrackLoss, BacktrackModel, sample_traces
-from torchrl_recall.heads import CategoricalHead, NormalHead, TanhNormalHead
+from torchrl_recall.model.heads import CategoricalHead, NormalHead, TanhNormalHead
 
 # Sampling tests fail a correct sampler this often over all seeds; the seeds are fixed.
 ERROR_RATE = 1e-4

@@ -148,7 +148,7 @@ class TestDataSupport:
     def test_pieces_are_the_whole(self, monkeypatch):
         data, queries = as_data(rows(300)), 2 * rows(101, seed=1)
         whole = DataSupport(generator=generator()).fit(data)
-        monkeypatch.setattr("torchrl_recall.support.MAX_DISTANCES", 7 * 300)
+        monkeypatch.setattr("torchrl_recall.support.data_support.MAX_DISTANCES", 7 * 300)
         pieces = DataSupport(generator=generator()).fit(data)
         torch.testing.assert_close(whole.threshold, pieces.threshold)
         assert torch.equal(whole(queries), pieces(queries))

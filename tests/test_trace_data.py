@@ -14,7 +14,7 @@ from torchrl.objectives.value import GAE
 
 from torchrl_recall import AdvantageWeight, BacktrackModel, sample_traces, trace_transitions
 from torchrl_recall.envs import FourRoomsEnv, exact_backtrack_model
-from torchrl_recall.imitation_weights import ImitationKeys
+from torchrl_recall.imitation.weights import ImitationKeys
 
 GAMMA = 0.9
 

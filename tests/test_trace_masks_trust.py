@@ -20,7 +20,7 @@ from torchrl_recall import (
     DataSupport,
     sample_traces,
 )
-from torchrl_recall.disagreement import disagreement
+from torchrl_recall.model.disagreement import disagreement
 from torchrl_recall.trace_masks import Disagreement, ForwardAgreement, InSupport
 
 CELLS = torch.tensor([[0, 1], [1, 0], [0, -1], [-1, 0]])

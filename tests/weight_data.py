@@ -9,7 +9,7 @@ from loss_data import WIDTH, recall
 from torch import nn
 from torchrl.modules import ValueOperator
 
-from torchrl_recall.imitation_weights import ImitationKeys
+from torchrl_recall.imitation.weights import ImitationKeys
 
 GAMMA = 0.9
 

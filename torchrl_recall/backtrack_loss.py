@@ -15,8 +15,7 @@ from tensordict.nn import dispatch
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
-from torchrl_recall.checks import check_flag, check_real
-from torchrl_recall.joint_action import as_keys, samples_entropy
+from torchrl_recall.checks import check_coefficient, check_flag
 from torchrl_recall.masking import (
     Reduction,
     blank_rows,
@@ -28,7 +27,8 @@ from torchrl_recall.masking import (
     rows_in_range,
 )
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.observation import sorted_keys
+from torchrl_recall.model.joint_action import as_keys, samples_entropy
+from torchrl_recall.model.observation import sorted_keys
 from torchrl_recall.random_source import RandomSource
 
 
@@ -125,7 +125,9 @@ class BacktrackLoss(LossModule):
         self.model = model
         self.reduction = check_reduction(reduction)
         self.mask_nonfinite = check_flag("mask_nonfinite", mask_nonfinite)
-        self.action_entropy_coeff = check_real("action_entropy_coeff", action_entropy_coeff, 0.0)
+        self.action_entropy_coeff = check_coefficient(
+            "action_entropy_coeff", action_entropy_coeff, 0.0
+        )
         if self.action_entropy_coeff and model.action.is_uniform:
             raise ValueError(
                 f"action_entropy_coeff is {action_entropy_coeff}, expected 0: the model's reverse "
@@ -253,7 +255,13 @@ class BacktrackLoss(LossModule):
         if observation is None or observation.ndim <= event:
             return tensordict
         batch = observation.shape[: observation.ndim - event]
-        return TensorDict(tensordict.select(*self.in_keys, strict=False).to_dict(), batch)
+        try:
+            return TensorDict(tensordict.select(*self.in_keys, strict=False).to_dict(), batch)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.in_keys} must all begin with {self._observation_keys[0]!r}'s batch "
+                f"{tuple(batch)}: {error}"
+            ) from None
 
     def _is_init(self, tensordict: TensorDictBase) -> Tensor:
         key = self.tensor_keys.is_init

@@ -22,7 +22,7 @@ from torchrl.checkpoint import (
 )
 from torchrl.data import ReplayBuffer
 
-from torchrl_recall.checks import check_at_least_one
+from torchrl_recall.checks import check_at_least_one, check_size
 
 
 class _PlainFile(StateDictCheckpointAdapter):
@@ -134,8 +134,7 @@ class RecallCheckpoint:
             ValueError: a checkpoint of this or a later step is there.
             OSError: it cannot be written; the ones before are as they were.
         """
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"step must be an int of at least 0, got {step!r}.")
+        step = check_size("step", step)
         if not (metadata is None or isinstance(metadata, dict)):
             raise TypeError(f"metadata must be a dict, got {type(metadata).__name__}.")
         latest = self.latest_step()

@@ -19,7 +19,7 @@ def check_at_least_one(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an int of at least 1, got {type(value).__name__} {value}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
-    if value >= 2**63:
+    if int(value) >= 2**63:
         raise ValueError(f"{name} must be below 2**63, got {value}.")
     return int(value)
 
@@ -30,7 +30,7 @@ def check_size(name: str, value: Any) -> int:
         return value
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int of at least 0, got {type(value).__name__}.")
-    if not 0 <= value < 2**63:
+    if not 0 <= int(value) < 2**63:
         raise ValueError(f"{name} must be at least 0 (and below 2**63), got {value}.")
     return int(value)
 
@@ -56,12 +56,30 @@ def check_real(name: str, value: Any, low: float = -math.inf, high: float = math
     return number
 
 
-def as_float(value: Real) -> float:
+def as_float(value: Any) -> float:
     """Return a number as a float; an integer beyond all floats as infinity."""
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return math.inf if int(value) > 0 else -math.inf
+
+
+def check_coefficient(name: str, value: Any, low: float = -1e30) -> float:
+    """Return the factor of a loss, in [low, 1e30]: beyond, float32 has no room for the product."""
+    return check_real(name, value, low, 1e30)
+
+
+def usable_device(name: str, device: Any) -> torch.device | None:
+    """Return a device that tensors can be put on (or None for None), or refuse it by name."""
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{name} {device!r} cannot be used: {reason}") from None
+    return found
 
 
 def check_flag(name: str, value: Any) -> bool:

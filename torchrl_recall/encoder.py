@@ -32,7 +32,7 @@ from tensordict import TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs.transforms import Transform
 
-from torchrl_recall.observation import sorted_keys
+from torchrl_recall.model.observation import sorted_keys
 
 
 class EncoderTransform(Transform):

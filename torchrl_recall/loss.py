@@ -17,8 +17,8 @@ from torchrl.data.tensor_specs import TensorSpec
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
-from torchrl_recall.checks import check_finite, check_flag, check_real
-from torchrl_recall.imitation_distance import (
+from torchrl_recall.checks import check_coefficient, check_finite, check_flag, check_real
+from torchrl_recall.imitation.distance import (
     OF_VALUES,
     Distance,
     action_distance,
@@ -27,8 +27,8 @@ from torchrl_recall.imitation_distance import (
     half_range,
     value_distance,
 )
-from torchrl_recall.imitation_weights import ImitationKeys, ImitationWeight
-from torchrl_recall.joint_action import as_keys
+from torchrl_recall.imitation.policy_log_prob import action_leaves, policy_in_keys, policy_log_prob
+from torchrl_recall.imitation.weights import ImitationKeys, ImitationWeight
 from torchrl_recall.masking import (
     Reduction,
     check_reduction,
@@ -37,8 +37,8 @@ from torchrl_recall.masking import (
     reduce_kept,
 )
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.observation import sorted_keys
-from torchrl_recall.policy_log_prob import action_leaves, policy_in_keys, policy_log_prob
+from torchrl_recall.model.joint_action import as_keys
+from torchrl_recall.model.observation import sorted_keys
 
 
 class RecallTraceLoss(LossModule):
@@ -67,7 +67,7 @@ class RecallTraceLoss(LossModule):
         loss_function (str, optional): what to take instead of ``-log π``. ``"mse"``, ``"l1"`` or
             ``"smooth_l1"``: the distance of the actor's deterministic action from the trace's, mean
             over its entries. ``"margin"`` or ``"cross_entropy"``, for an actor that writes the
-            values of all actions (DQN): see `imitation_distance.value_distance`.
+            values of all actions (DQN): see `imitation.distance.value_distance`.
         margin (float): by which the trace's action is to lead for ``"margin"``, at least 0, in the
             unit of values.
         action_spec (TensorSpec, optional): with ``loss_function``: if bounded, distances are in
@@ -152,10 +152,10 @@ class RecallTraceLoss(LossModule):
         self.reduction = check_reduction(reduction)
         self.backtrack = None if model is None else BacktrackLoss(model, reduction=reduction)
         self.register_coeff_buffer(
-            "imitation_coeff", check_real("imitation_coeff", imitation_coeff)
+            "imitation_coeff", check_coefficient("imitation_coeff", imitation_coeff)
         )
         self.register_coeff_buffer(
-            "backtrack_coeff", check_real("backtrack_coeff", backtrack_coeff)
+            "backtrack_coeff", check_coefficient("backtrack_coeff", backtrack_coeff)
         )
         self.loss_function = loss_function
         self.margin = check_real("margin", margin, 0.0)

@@ -16,9 +16,9 @@ from torch import Tensor
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.checks import check_choice, check_finite, check_tensor
-from torchrl_recall.joint_action import as_keys
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.observation import sorted_keys
+from torchrl_recall.model.joint_action import as_keys
+from torchrl_recall.model.observation import sorted_keys
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -34,8 +34,9 @@ def kept_rows(loss: LossModule, data: TensorDictBase) -> Tensor:
     for key in loss._loss_mask_keys():
         mask = data.get(key, default=None)
         if mask is not None:
-            check_tensor(f"mask {key!r}", mask)
-            kept = kept.to(mask.device) & loss._expand_loss_mask(mask, kept)
+            if check_tensor(f"mask {key!r}", mask).is_floating_point() or mask.is_complex():
+                raise ValueError(f"mask {key!r} must be bool, got {mask.dtype}.")
+            kept = kept.to(mask.device) & loss._expand_loss_mask(mask.bool(), kept)
     check_tensor("the data", kept)
     return kept
 
@@ -82,7 +83,9 @@ def blank_rows(
     for key, blank in blanks.items():
         value = data.get(key, default=None)
         # What is missing or has a wrong shape is refused, by name, where it is read.
-        if isinstance(value, Tensor) and value.shape[kept.ndim :] == blank.shape:
+        if not isinstance(value, Tensor) or value.device != kept.device:
+            continue
+        if value.shape[kept.ndim :] == blank.shape:
             mask = kept.reshape(kept.shape + (1,) * blank.ndim)
             data.set(key, torch.where(mask, value, blank.to(value)))
     return data
@@ -134,7 +137,7 @@ def fill_rows(value: Tensor, kept: Tensor) -> Tensor:
     event = value.shape[kept.ndim :]
     # Not indexed by a 0-d tensor, which would wait for the device and break ``torch.compile``.
     first = kept.flatten().int().argmax(0, keepdim=True)
-    row = value.reshape(-1, *event).index_select(0, first).squeeze(0)
+    row = value.reshape(kept.numel(), *event).index_select(0, first).squeeze(0)
     row = torch.where(kept.any(), row, torch.zeros_like(row))
     return torch.where(kept.reshape(kept.shape + (1,) * len(event)), value, row)
 

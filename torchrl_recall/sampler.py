@@ -16,7 +16,13 @@ from tensordict import NestedKey
 from torch import Tensor
 from torchrl.data.replay_buffers.samplers import Sampler
 
-from torchrl_recall.checks import check_at_least_one, check_choice, check_key, check_size
+from torchrl_recall.checks import (
+    check_at_least_one,
+    check_choice,
+    check_key,
+    check_size,
+    usable_device,
+)
 from torchrl_recall.priorities.arguments import (
     flat_index,
     is_plain,
@@ -162,7 +168,7 @@ class ValuePrioritizedSampler(SavedSampler):
         if trajectory_key is not None:
             trajectory_key = check_key("trajectory_key", trajectory_key)
         self.trajectory_key = trajectory_key
-        self._device = None if device is None else torch.device(device)
+        self._device = usable_device("device", device)
         self._warned = False
         self._lock = threading.RLock()
         self._init()

@@ -19,7 +19,7 @@ from torchrl.objectives.common import LossModule
 
 from torchrl_recall.checks import check_at_least_one, check_real
 from torchrl_recall.masking import Reduction, check_reduction, kept_rows, one_each, reduce_kept
-from torchrl_recall.observation import ObservationCodec, as_mapping
+from torchrl_recall.model.observation import ObservationCodec, as_mapping
 
 
 class TemporalDistance(nn.Module):

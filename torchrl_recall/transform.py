@@ -27,7 +27,7 @@ from torchrl_recall.checks import (
 )
 from torchrl_recall.masking import blank_rows, one_each
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.observation import sorted_keys
+from torchrl_recall.model.observation import sorted_keys
 from torchrl_recall.portable_generator import carry_generator, unpack_generator
 from torchrl_recall.starts import StartStates
 from torchrl_recall.trace_masks import TraceMask
@@ -198,6 +198,8 @@ class BacktrackTransform(Transform):
             KeyError: a key is missing, unless ``missing_tolerance`` is set.
             ValueError: empty data, or wrong shapes, dtypes or devices.
         """
+        if not isinstance(tensordict, TensorDictBase):
+            raise TypeError(f"the data must be a TensorDict, got {type(tensordict).__name__}.")
         missing = [key for key in self.in_keys if tensordict.get(key, default=None) is None]
         if missing:
             if self.missing_tolerance:

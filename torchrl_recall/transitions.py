@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
 from torchrl_recall.masking import blank_rows, kept_rows, rows_in_range
-from torchrl_recall.observation import sorted_keys
+from torchrl_recall.model.observation import sorted_keys
 
 # Rows looked at together: memory for a copy of so many, whatever the size of the storage.
 ROWS_AT_ONCE = 65536

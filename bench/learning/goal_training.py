@@ -24,9 +24,9 @@ from torchrl_recall import (
     RecallTraceLoss,
 )
 from torchrl_recall.envs import PointMazeEnv
-from torchrl_recall.goal_success import success_rates
+from torchrl_recall.goals.success import success_rates
 from torchrl_recall.starts import GoalStarts
-from torchrl_recall.support import DataSupport
+from torchrl_recall.support.data_support import DataSupport
 from torchrl_recall.trace_masks import LastVisitRadius
 
 # Name: (goals from GoalGAN, what is imitated: traces of the model, the real past, or nothing).

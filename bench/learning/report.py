@@ -169,6 +169,11 @@ def draw(runs: Runs, path: Path, budget: int = BUDGET) -> None:
     axis.axvline(budget, color="#999999", linestyle=":", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=7)
     axis.set(xscale="log", ylim=(len(rows) - 0.5, -0.5))
+    low, high = axis.get_xlim()
+    ticks = [digit * 10**power for power in range(2, 6) for digit in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axis.set_xticks([], minor=True)
     axis.set_xlabel("environment steps to 0.9 exact success; bars: seeds, dotted: budget")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130, metadata={"Software": None})

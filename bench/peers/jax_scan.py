@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bench.peers.plain import Noise, Walked
 from bench.peers.unavailable import Unavailable
 from torchrl_recall import BacktrackModel
-from torchrl_recall.heads import (
+from torchrl_recall.model.heads import (
     LOG_SQRT_2_PI,
     TANH_LIMIT,
     NormalDelta,

@@ -19,7 +19,7 @@ from torch import Tensor
 from bench.peers.plain import Walked
 from bench.peers.unavailable import Unavailable
 from torchrl_recall import BacktrackModel
-from torchrl_recall.heads import NormalDelta, TanhNormalHead, bounded_log_scale
+from torchrl_recall.model.heads import NormalDelta, TanhNormalHead, bounded_log_scale
 
 
 def walker(model: BacktrackModel, start: Tensor, num_steps: int) -> Callable[[], Walked]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchrl.modules import IndependentNormal, ProbabilisticActor, TanhNormal
 
 from torchrl_recall import BacktrackModel
-from torchrl_recall.heads import (
+from torchrl_recall.model.heads import (
     CategoricalHead,
     NormalDelta,
     SupportDelta,

@@ -22,10 +22,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -86,8 +88,8 @@ class RemoteRecall:
         # Reward 1 is worth more than any state without: -1 for one seen once, less for others. So
         # traces start from rare states until the goal is found, and from the goal then.
         rarity = TensorDictModule(self._rarity, ["observation"], ["state_value"])
-        self.value = partial(transition_value, gamma=1.0, terminated_key=TERMINATED)
-        self.value = partial(self.value, value_network=rarity)
+        options: Any = {"gamma": 1.0, "terminated_key": TERMINATED}
+        self.value = partial(transition_value, value_network=rarity, **options)
         capacity = settings.steps + settings.num_envs * settings.rollout
         self.buffer = RayReplayBuffer(
             replay_buffer_cls=TensorDictReplayBuffer,
@@ -98,9 +100,7 @@ class RemoteRecall:
             remote_config={"num_cpus": 1},
         )
         self.buffer.set_rng(torch.Generator().manual_seed(seed))
-        self.refresh = ValueRefresh(
-            self.buffer, rarity, gamma=1.0, terminated_key=TERMINATED, slice_size=REFRESH_ROWS
-        )
+        self.refresh = ValueRefresh(self.buffer, rarity, slice_size=REFRESH_ROWS, **options)
 
     def _rarity(self, observation: torch.Tensor) -> torch.Tensor:
         return -self.visits[self.model.observation.joint_index(observation)].unsqueeze(-1)
@@ -135,7 +135,8 @@ def weights_error(actor: Any, rollout: Rollout) -> float:
     """Return how far a rollout's log-probabilities are from those of the weights sent for it."""
     import ray
 
-    with torch.no_grad(), ray.get(rollout.weights).to_module(actor):
+    weights: Any = ray.get(rollout.weights)
+    with torch.no_grad(), weights.to_module(actor):
         expected = actor.get_dist(rollout.data).log_prob(rollout.data["action"])
     return float((rollout.data["action_log_prob"] - expected).abs().max())
 
@@ -166,8 +167,9 @@ def train(
     Returns:
         dict: ``steps``, ``success`` (exact, at the end), ``goal_found`` (rewards stored),
         ``failures`` of workers, ``lag_mean`` and ``lag_max`` of the weights in updates,
-        ``weights_error`` (largest difference found by ``check``), ``wall_s`` from the first rollout
-        on and ``wait_s``, of which the learner waited for rollouts.
+        ``weights_error`` (largest difference found by ``check``), and ``seconds`` of the learner
+        from the first rollout on: ``wait`` for rollouts, ``actor``, ``observe`` (the buffer and the
+        model), ``imitate``, ``evaluate``.
     """
     torch.manual_seed(seed)
     env = make_env(settings, seed)
@@ -195,14 +197,12 @@ def _learn(
     progress: Callable[[int], None] | None,
 ) -> dict[str, Any]:
     a2c, settings = recall.a2c, recall.settings
-    steps, goal_found, wait, lags, error = 0, 0, 0.0, [], 0.0
-    success = 0.0
-    began = asked = time.perf_counter()
+    steps, goal_found, lags, error, success, watch = 0, 0, [], 0.0, 0.0, _Stopwatch()
     for rollout in collectors.rollouts():
-        now = time.perf_counter()
-        if not steps:
-            began = asked = now  # workers were still starting
-        wait += now - asked
+        if steps:
+            watch.lap("wait")
+        else:
+            watch = _Stopwatch()  # workers were still starting
         data = rollout.data
         lags.append(collectors.version - rollout.version)
         if check:
@@ -210,17 +210,20 @@ def _learn(
         with torch.no_grad():
             a2c.advantage(data)
         a2c.step(a2c.loss(data.reshape(-1)))
+        watch.lap("actor")
         recall.observe(data)
+        watch.lap("observe")
         recall.imitate()
+        watch.lap("imitate")
         collectors.version += 1
         steps += data.numel()
         goal_found += int((data["next", "reward"] > 0).sum())
         success = evaluate(env, a2c.actor)
+        watch.lap("evaluate")
         if progress is not None:
             progress(steps)
         if steps >= settings.steps or (stop_when_solved and success >= SOLVED):
             break
-        asked = time.perf_counter()
     return {
         "steps": steps,
         "success": success,
@@ -229,9 +232,21 @@ def _learn(
         "lag_mean": sum(lags) / len(lags),
         "lag_max": max(lags),
         "weights_error": error,
-        "wall_s": time.perf_counter() - began,
-        "wait_s": wait,
+        "seconds": watch.seconds,
     }
+
+
+class _Stopwatch:
+    """Where the learner's time goes."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -244,6 +259,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--address", help="of a Ray cluster, such as auto; default: start Ray here")
     parser.add_argument("--check", action="store_true", help="check the weights of each rollout")
     options = parser.parse_args(arguments)
+    if find_spec("ray") is None:
+        print("missing ray: pip install ray", file=sys.stderr)
+        return 2
     result = train(
         Settings(size=options.size, steps=options.steps),
         num_collectors=options.collectors,

@@ -85,10 +85,10 @@ class SupervisedCollectors:
     Keyword Args:
         frames_per_batch (int): steps of a rollout.
         timeout (float): seconds in which a worker must answer; its start counts.
-        max_failures (int): failures in a row, over all workers, after which to give up.
 
     Raises:
-        RuntimeError: while collecting, after too many failures in a row.
+        TimeoutError: while collecting, if no worker has brought a rollout for three times
+            ``timeout``.
     """
 
     def __init__(
@@ -98,12 +98,10 @@ class SupervisedCollectors:
         *,
         frames_per_batch: int,
         timeout: float = 60.0,
-        max_failures: int = 10,
     ) -> None:
-        self.policy, self.timeout, self.max_failures = policy, timeout, max_failures
+        self.policy, self.timeout = policy, timeout
         self.version = 0
         self.num_failures = 0
-        self._failures_in_a_row = 0
         self._calls: dict[Any, _Call] = {}
         self._sent: tuple[int, Any] | None = None
         self._collector = RayCollector(
@@ -125,43 +123,41 @@ class SupervisedCollectors:
         with the weights as they are then.
         """
         import ray
+        from ray.exceptions import RayActorError
 
         for worker in range(len(self._collector.remote_collectors)):
             self._call(worker)
+        last, failure = time.monotonic(), None
         while True:
             ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=1.0)
             for future in ready:
                 call = self._calls.pop(future)
                 try:
                     _, data = ray.get([call.weights_arrived, future])
-                except ray.exceptions.RayActorError as error:
-                    self._note_failure(error)
+                except RayActorError as error:
+                    failure = error
+                    self.num_failures += 1
+                    time.sleep(0.1)  # while Ray starts a worker, calls to it may fail at once
                 else:
-                    self._failures_in_a_row = 0
                     yield Rollout(data, call.worker, call.version, call.weights)
+                    last = time.monotonic()
                 self._call(call.worker)
             self._kill_overdue()
+            if time.monotonic() - last > 3 * self.timeout:
+                raise TimeoutError(f"no rollout for {3 * self.timeout} seconds") from failure
 
     def _call(self, worker: int) -> None:
         import ray
 
         if self._sent is None or self._sent[0] != self.version:
             # One copy in Ray's object store, whatever the number of workers.
-            self._sent = self.version, ray.put(TensorDict.from_module(self.policy).data.clone())
+            weights: Any = TensorDict.from_module(self.policy)
+            self._sent = self.version, ray.put(weights.data.clone())
         version, weights = self._sent
         actor = self._collector.remote_collectors[worker]
         arrived = actor.update_policy_weights_.remote(weights)
         deadline = time.monotonic() + self.timeout
         self._calls[actor.next.remote()] = _Call(worker, version, weights, arrived, deadline)
-
-    def _note_failure(self, error: Exception) -> None:
-        self.num_failures += 1
-        self._failures_in_a_row += 1
-        if self._failures_in_a_row > self.max_failures:
-            raise RuntimeError(
-                f"collectors failed {self._failures_in_a_row} times in a row."
-            ) from error
-        time.sleep(0.1)  # while Ray is starting a worker, calls to it may fail at once
 
     def _kill_overdue(self) -> None:
         import ray

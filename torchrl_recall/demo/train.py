@@ -28,7 +28,7 @@ from torchrl_recall.envs import FourRoomsEnv, start_success
 from torchrl_recall.envs.four_rooms import Start
 from torchrl_recall.loss import RecallTraceLoss
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.observation import ObservationCodec
+from torchrl_recall.model.observation import ObservationCodec
 from torchrl_recall.sampler import ValuePrioritizedSampler
 from torchrl_recall.transform import BacktrackTransform
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchrl_recall.heads import (
+from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.heads import (
     TANH_MARGIN,
     CategoricalHead,
     ClassDelta,
@@ -19,9 +20,8 @@ from torchrl_recall.heads import (
     SupportDelta,
     TanhNormalHead,
 )
-from torchrl_recall.mixture import MixtureDelta
-from torchrl_recall.model import BacktrackModel
-from torchrl_recall.uniform import UniformHead
+from torchrl_recall.model.mixture import MixtureDelta
+from torchrl_recall.model.uniform import UniformHead
 
 
 def delta_cdf(

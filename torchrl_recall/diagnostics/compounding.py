@@ -14,7 +14,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from torchrl_recall.checks import check_at_least_one
-from torchrl_recall.state_reading import as_keys, entry, trace_states
+from torchrl_recall.support.state_reading import as_keys, entry, trace_states
 
 Step = Callable[[Tensor, Tensor], Tensor]
 

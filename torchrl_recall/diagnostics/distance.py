@@ -186,7 +186,7 @@ def outside_support(
     Args:
         states (Tensor): ``[*B, T, D]`` states of traces, oldest step first.
         support (callable): states to ``[*B, T]`` bool, True = inside:
-            `torchrl_recall.support.DataSupport`, `torchrl_recall.cell_support.CellSupport`.
+            `DataSupport`, `CellSupport`.
         mask (Tensor, optional): ``[*B, T]`` bool, True = keep.
 
     Returns:

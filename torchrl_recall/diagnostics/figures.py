@@ -17,7 +17,7 @@ from torchrl_recall.diagnostics.coverage import GoalCoverage
 from torchrl_recall.diagnostics.distance import DistanceToData, OutsideData
 from torchrl_recall.diagnostics.divergence import MazeDivergence
 from torchrl_recall.diagnostics.uniformity import Calibration
-from torchrl_recall.fit import FitHistory
+from torchrl_recall.fitting import FitHistory
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#555555"
 # Several curves: colour, dashes, marker.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torchrl_recall.envs.four_rooms import FourRoomsEnv
-from torchrl_recall.heads import CategoricalHead
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.heads import CategoricalHead
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -110,7 +110,8 @@ def calibration(
     rows = usable_rows(BacktrackLoss(model), data, mask_nonfinite=mask_nonfinite)
     if not bool(rows.any()):
         raise ValueError(f"data has no row to look at: none of {len(data)} is kept.")
-    state, action, next_state = model.read(data[rows.to(data.device or rows.device)])
+    kept: Any = data[rows.to(data.device or rows.device)]
+    state, action, next_state = model.read(kept)
     uniform = torch.rand(len(state), generator=generator, dtype=torch.float64, device=state.device)
     pit = model_cdf(model, factor, state, action, next_state, uniform)
     distance = uniform_distance(pit)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchrl_recall.checks import check_flag
 from torchrl_recall.masking import one_each
-from torchrl_recall.state_reading import as_keys, trace_entry, trace_states
+from torchrl_recall.support.state_reading import as_keys, trace_entry, trace_states
 
 
 class RisingValue:

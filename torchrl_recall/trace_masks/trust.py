@@ -11,9 +11,9 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from torchrl_recall.checks import check_flag, check_real
-from torchrl_recall.disagreement import disagreement
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.state_reading import as_keys, entry, read_states, stored_data
+from torchrl_recall.model.disagreement import disagreement
+from torchrl_recall.support.state_reading import as_keys, entry, read_states, stored_data
 from torchrl_recall.trace_masks.mask import Scale, StateScale, require_floating, until_bad
 
 
@@ -21,8 +21,8 @@ class Disagreement:
     """Cut a trace where the members of an ensemble disagree about what came before.
 
     Keeps a trace, walking backwards, until the first step whose disagreement (see
-    `torchrl_recall.disagreement`) exceeds the threshold: what follows builds on it, so that step
-    and all older ones are left out.
+    `torchrl_recall.model.disagreement`) exceeds the threshold: what follows builds on it, so that
+    step and all older ones are left out.
 
     Args:
         model (BacktrackModel): an ensemble, shared, not owned; it runs without gradient.

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchrl_recall.factors import FactoredHead
-from torchrl_recall.heads import CategoricalHead
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.factors import FactoredHead
+from torchrl_recall.model.heads import CategoricalHead
 
 
 class BadStart(ValueError):

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, pad
 from torchrl.modules import MLP
 
-from torchrl_recall.factors import FactoredHead
-from torchrl_recall.heads import CategoricalHead, NormalHead, TanhNormalHead
-from torchrl_recall.joint_action import JointHead
-from torchrl_recall.mixture import MixtureDelta
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.networks import NETWORKS
+from torchrl_recall.model.factors import FactoredHead
+from torchrl_recall.model.heads import CategoricalHead, NormalHead, TanhNormalHead
+from torchrl_recall.model.joint_action import JointHead
+from torchrl_recall.model.mixture import MixtureDelta
+from torchrl_recall.model.networks import NETWORKS
+from torchrl_recall.model.uniform import UniformHead
 from torchrl_recall.traces.eager_heads import (
     ClassActions,
     ClassDeltas,
@@ -33,7 +34,6 @@ from torchrl_recall.traces.eager_heads import (
 from torchrl_recall.traces.masks import since_start
 from torchrl_recall.traces.noise import TraceNoise
 from torchrl_recall.traces.walk import Walk
-from torchrl_recall.uniform import UniformHead
 
 Activation = Callable[[Tensor], Tensor]
 _IN_PLACE: dict[type[nn.Module], Activation] = {

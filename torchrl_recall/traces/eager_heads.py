@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, softplus
 
-from torchrl_recall.heads import (
+from torchrl_recall.model.heads import (
     TANH_LIMIT,
     NormalHead,
     SupportDelta,
@@ -20,7 +20,7 @@ from torchrl_recall.heads import (
     normal_log_prob,
     sample_index,
 )
-from torchrl_recall.mixture import MixtureDelta
+from torchrl_recall.model.mixture import MixtureDelta
 
 
 class _Normals:

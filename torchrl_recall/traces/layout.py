@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchrl_recall.heads import CategoricalHead, GaussianHead, NormalHead, SupportDelta
-from torchrl_recall.mixture import MixtureDelta
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.heads import CategoricalHead, GaussianHead, NormalHead, SupportDelta
+from torchrl_recall.model.mixture import MixtureDelta
+from torchrl_recall.model.networks import NETWORKS
+from torchrl_recall.model.uniform import UniformHead
 from torchrl_recall.native import interface
-from torchrl_recall.networks import NETWORKS
 from torchrl_recall.traces import eager
 from torchrl_recall.traces.columns import Form
-from torchrl_recall.uniform import UniformHead
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "identity",

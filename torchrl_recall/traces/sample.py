@@ -10,8 +10,8 @@ from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
 from torchrl_recall.checks import check_at_least_one, check_choice, check_device, check_flag
-from torchrl_recall.heads import CategoricalHead
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.heads import CategoricalHead
 from torchrl_recall.traces.backends import Backend, walk
 from torchrl_recall.traces.candidates import Support, walk_inside
 from torchrl_recall.traces.columns import BadStart, Columns

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchrl_recall.heads import CategoricalHead, SupportDelta
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.heads import CategoricalHead, SupportDelta
 from torchrl_recall.traces.masks import since_start
 from torchrl_recall.traces.noise import TraceNoise
 from torchrl_recall.traces.walk import Walk

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchrl_recall.heads import SupportDelta
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.heads import SupportDelta
 from torchrl_recall.traces.columns import BadStart, Columns, NoFirstStep
 from torchrl_recall.traces.masks import last_visit as last_visit_mask
 from torchrl_recall.traces.masks import since_start

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from torchrl_recall.heads import TanhNormalHead
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.heads import TanhNormalHead
 
 # What a packed vector holds of its source, see `pack_kernel`.
 _COPY, _STATE_RECIPROCAL, _DELTA_SCALE, _DELTA_LOG_SCALE = range(4)

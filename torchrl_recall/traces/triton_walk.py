@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchrl_recall.heads import NormalDelta, NormalHead, TanhNormalHead
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.heads import NormalDelta, NormalHead, TanhNormalHead
 from torchrl_recall.traces.columns import Columns
 from torchrl_recall.traces.eager import unsupported as eager_unsupported
 from torchrl_recall.traces.layout import activation_of
