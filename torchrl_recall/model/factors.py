@@ -145,11 +145,12 @@ class Choices:
         if value.is_floating_point() or value.is_complex() or is_bool:
             raise ValueError(f"{name} must hold integers, got dtype {value.dtype}.")
         index = value.reshape(*batch, len(self.cardinality)).long()
-        high = torch.tensor(self.cardinality, device=index.device) - 1
-        if checked and bool(((index < 0) | (index > high)).any()):
-            raise ValueError(
-                f"{name} must lie in 0 to {high.tolist()}, got {index.min()} to {index.max()}."
-            )
+        if checked:
+            high = torch.tensor(self.cardinality, device=index.device) - 1
+            if bool(((index < 0) | (index > high)).any()):
+                raise ValueError(
+                    f"{name} must lie in 0 to {high.tolist()}, got {index.min()} to {index.max()}."
+                )
         return index
 
     def restore(self, index: Tensor) -> Tensor:
