@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.checks import check_coefficient, check_flag
-from torchrl_recall.heads import TanhNormalHead
+from torchrl_recall.heads import SupportDelta, TanhNormalHead
 from torchrl_recall.masking import (
     Reduction,
     blank_rows,
@@ -192,6 +192,16 @@ class BacktrackLoss(LossModule):
             )
         kept = kept & finite
         state, action, next_state = (fill_rows(x, kept) for x in (state, action, next_state))
+        head: Any = self.model.delta_head
+        if isinstance(head, SupportDelta):
+            evenly = torch.zeros(*kept.shape, head.output_size, device=kept.device)
+            log_prob = head.predecessor_log_prob(evenly, state, next_state)
+            _refuse(
+                kept & torch.isneginf(log_prob),
+                "a displacement s_t - s_(t+1) that is not in the model's delta_support; add it "
+                "there.",
+            )
+        # Behind all refusals, which must leave the statistics as they were.
         if self.training:
             self.model.update_normalization(
                 state.reshape(-1, state.shape[-1]),
@@ -206,10 +216,6 @@ class BacktrackLoss(LossModule):
             losses.append(loss)
             logged.append(found)
         terms = {name: _average([found[name] for found in logged]) for name in logged[0]}
-        _refuse(
-            kept & torch.isneginf(terms["delta_log_prob"]),
-            "a displacement s_t - s_(t+1) that is not in the model's delta_support; add it there.",
-        )
         out = {"loss_backtrack": reduce_kept(_average(losses), kept, self.reduction)}
         for name, term in terms.items():
             out[f"backtrack_{name}"] = reduce_kept(term.detach(), kept, "mean")
