@@ -27,6 +27,8 @@ from mutations import digest, spoil
 
 ALL_TARGETS = {**TARGETS, **BUFFER_TARGETS}
 REFUSALS = (ValueError, KeyError, TypeError)
+# Where the library calls TorchRL's own buffer, or functions that users give it.
+OF_OTHERS = (".extend(", "self.refresh()", "self.weight(", "support(candidates)")
 HANG = 60.0  # seconds that no case takes
 
 
@@ -80,8 +82,8 @@ def judge(error, case, given, inside="torchrl_recall"):
         return found
     if any(f.name == "forward" and "generated" in f.filename for f in frames):
         return found  # out of the user's own network
-    if ".extend(" in (ours[-1].line or "") or "refresh()" in (ours[-1].line or ""):
-        return found  # out of TorchRL's own buffer, or the user's own function
+    if any(call in (ours[-1].line or "") for call in OF_OTHERS):
+        return found
     if not isinstance(error, REFUSALS) or isinstance(error, UnicodeError):
         return found | {"outcome": "wrong kind"}
     if ours is frames:

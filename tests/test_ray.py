@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
 import signal
@@ -57,11 +58,14 @@ def ray():
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own, while it starts
+        running, reason = ExitStack(), ""
         try:
-            running = ExitStack()
             running.enter_context(ray_running(4))
         except Exception as error:  # its own services have 15 seconds, or Ray gives up
-            pytest.skip(f"Ray does not start here: {error}")
+            reason = str(error)
+        if reason:
+            gc.collect()  # while its warnings of what it left are ignored
+            pytest.skip(f"Ray does not start here: {reason}")
         with running:
             yield ray
 

@@ -27,6 +27,7 @@ from torchrl_recall.masking import (
     rows_in_range,
 )
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.heads import SupportDelta
 from torchrl_recall.model.joint_action import as_keys, samples_entropy
 from torchrl_recall.model.observation import sorted_keys
 from torchrl_recall.random_source import RandomSource
@@ -196,6 +197,16 @@ class BacktrackLoss(LossModule):
             )
         kept = kept & finite
         state, action, next_state = (fill_rows(x, kept) for x in (state, action, next_state))
+        head: Any = self.model.delta_head
+        if isinstance(head, SupportDelta):
+            evenly = torch.zeros(*kept.shape, head.output_size, device=kept.device)
+            log_prob = head.predecessor_log_prob(evenly, state, next_state)
+            _refuse(
+                kept & torch.isneginf(log_prob),
+                "a displacement s_t - s_(t+1) that is not in the model's delta_support; add it "
+                "there.",
+            )
+        # Behind all refusals, which must leave the statistics as they were.
         if self.training:
             self.model.update_normalization(
                 state.reshape(-1, state.shape[-1]),
@@ -210,10 +221,6 @@ class BacktrackLoss(LossModule):
             losses.append(loss)
             logged.append(found)
         terms = {name: _average([found[name] for found in logged]) for name in logged[0]}
-        _refuse(
-            kept & torch.isneginf(terms["delta_log_prob"]),
-            "a displacement s_t - s_(t+1) that is not in the model's delta_support; add it there.",
-        )
         out = {"loss_backtrack": reduce_kept(_average(losses), kept, self.reduction)}
         for name, term in terms.items():
             out[f"backtrack_{name}"] = reduce_kept(term.detach(), kept, "mean")

@@ -155,6 +155,13 @@ def check_finite(name: str, value: torch.Tensor) -> None:
         )
 
 
+def check_not_nan(name: str, value: torch.Tensor) -> torch.Tensor:
+    """Return a result, or say that its inputs are too large (not inside ``torch.compile``)."""
+    if not torch.compiler.is_compiling() and bool(torch.isnan(value).any()):
+        raise ValueError(f"{name} is not a number: the data hold numbers too large for its dtype.")
+    return value
+
+
 def is_one_hot(value: torch.Tensor) -> bool:
     """Return whether every row holds a single one among zeros."""
     return bool((((value != 0).sum(-1) == 1) & (value.sum(-1) == 1)).all())

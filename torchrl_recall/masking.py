@@ -36,7 +36,11 @@ def kept_rows(loss: LossModule, data: TensorDictBase) -> Tensor:
         if mask is not None:
             if check_tensor(f"mask {key!r}", mask).is_floating_point() or mask.is_complex():
                 raise ValueError(f"mask {key!r} must be bool, got {mask.dtype}.")
-            kept = kept.to(mask.device) & loss._expand_loss_mask(mask.bool(), kept)
+            try:
+                mask = loss._expand_loss_mask(mask.bool(), kept)
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"mask {key!r} does not fit the data: {error}") from None
+            kept = kept.to(mask.device) & mask
     check_tensor("the data", kept)
     return kept
 
@@ -164,7 +168,9 @@ def filled_entries(trace: TensorDictBase, keys: Iterable[NestedKey], kept: Tenso
             raise KeyError(
                 f"key {key!r} is missing from the trace, which has {sorted_keys(trace)}."
             )
-        value = fill_rows(check_tensor(f"trace {key!r}", value).detach(), kept)
+        if check_tensor(f"trace {key!r}", value).is_complex():
+            raise ValueError(f"trace {key!r} must be real, got {value.dtype}.")
+        value = fill_rows(value.detach(), kept)
         check_finite(f"trace {key!r} at kept steps", value)
         filled.set(key, value)
     return filled

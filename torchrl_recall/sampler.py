@@ -169,6 +169,8 @@ class ValuePrioritizedSampler(SavedSampler):
             trajectory_key = check_key("trajectory_key", trajectory_key)
         self.trajectory_key = trajectory_key
         self._device = usable_device("device", device)
+        if self._device is not None and self._device.type == "meta":
+            raise ValueError("device must hold numbers, got meta")
         self._warned = False
         self._lock = threading.RLock()
         self._init()

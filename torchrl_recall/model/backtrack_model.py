@@ -21,6 +21,7 @@ from torchrl_recall.checks import (
     check_choice,
     check_interval,
     check_key,
+    check_not_nan,
     usable_device,
 )
 from torchrl_recall.model.delta_head import build_delta_head
@@ -328,9 +329,11 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
 
         Raises:
             KeyError: a key is missing.
-            ValueError: empty data, or wrong shapes, dtypes, devices or non-finite values.
+            ValueError: empty data, or wrong shapes, dtypes, devices or non-finite values; or so
+                large ones that there is no answer.
         """
-        return torch.stack(list(self.step_log_prob(*self.read(data)).values())).sum(0)
+        log_prob = torch.stack(list(self.step_log_prob(*self.read(data)).values())).sum(0)
+        return check_not_nan("log_prob", log_prob)
 
     def read(
         self,
