@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
 import math
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from linear_gaussian import F64, LinearGaussianWorld
 from model_data import make_maze, random_transitions
-from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.data import (
     LazyMemmapStorage,
@@ -25,7 +23,7 @@ from torchrl.data import (
 from torchrl.envs import Transform
 from torchrl.envs.transforms.rb_transforms import NextStateReconstructor
 
-from torchrl_recall import BacktrackLoss, BacktrackModel, fit
+from torchrl_recall import BacktrackModel, fit
 from torchrl_recall.diagnostics import held_out_likelihood, maze_divergence
 from torchrl_recall.fitting import split_rows
 
@@ -280,205 +278,3 @@ class TestSplit:
         assert (history.num_training, history.num_held_out) == (80, 20)
         by_rows = quick(small_model(), data, held_out=0.15, trajectory_key=None)
         assert by_rows.num_held_out == 15
-
-
-class TestHistory:
-    def test_the_best_parameters_are_kept(self):
-        """So few rows are learnt by heart: the held-out loss turns, and the best is before that."""
-        data, model = random_transitions(60), BacktrackModel(3, 2, num_cells=(64,))
-        history = quick(model, data, num_steps=150, learning_rate=1e-2, held_out=0.5)
-        scores = history.held_out
-        assert 0 < history.best_step < 150
-        assert float(scores[-1]) > float(scores.min()) + 0.1
-        training, kept_out = split_rows(torch.arange(60), 0.5, None, generator())
-        found = held_out_likelihood(model, data[kept_out])
-        assert float(found.total) == pytest.approx(float(scores.min()), rel=1e-5)
-        assert int(history.step[scores.argmin()]) == history.best_step
-        # The training loss is that of the steps since the evaluation before.
-        assert math.isnan(float(history.training[0]))
-        assert float(history.training[-1]) < float(history.training[1])
-        assert len(training) == history.num_training == 30
-
-    def test_patience_stops(self):
-        data = random_transitions(60)
-        options = {"num_steps": 1000, "learning_rate": 1e-2, "held_out": 0.5, "evaluate_every": 5}
-        history = quick(BacktrackModel(3, 2, num_cells=(64,)), data, patience=4, **options)
-        assert int(history.step[-1]) == history.best_step + 20 < 1000
-
-    def test_without_held_out_rows_the_last_are_kept(self):
-        history = quick(small_model(), random_transitions(40), held_out=0.0)
-        assert history.best_step == 20
-        assert bool(history.held_out.isnan().all())
-        assert math.isnan(history.scalars()["held_out"])
-
-    def test_evaluations(self):
-        data = random_transitions(100)
-        history = quick(small_model(), data, num_steps=17, evaluate_every=5)
-        assert history.step.tolist() == [0, 5, 10, 15, 17]
-        history = quick(small_model(), data, num_steps=None, num_epochs=2, batch_size=40)
-        assert history.step[-1] == 6  # 90 rows are three batches of at most 40
-
-    def test_an_epoch_sees_each_row_once(self, monkeypatch):
-        data, seen = random_transitions(50), []
-        data["observation"][:, 0] = torch.arange(50).float()
-        forward = BacktrackLoss.forward
-
-        def watch(self, tensordict):
-            seen.extend(tensordict["observation"][:, 0].int().tolist())
-            return forward(self, tensordict)
-
-        monkeypatch.setattr(BacktrackLoss, "forward", watch)
-        quick(small_model(), data, num_steps=None, num_epochs=3, held_out=0.0, batch_size=20)
-        assert [sorted(seen[i : i + 50]) for i in (0, 50, 100)] == [list(range(50))] * 3
-        assert seen[:50] != seen[50:100]
-
-    def test_seeded(self):
-        runs = []
-        for seed in (1, 1, 2):
-            torch.manual_seed(7)
-            model = small_model()
-            quick(model, random_transitions(60), generator=generator(seed))
-            runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        assert torch.equal(runs[0], runs[1])
-        assert not torch.equal(runs[0], runs[2])
-
-    def test_a_fit_goes_on_from_where_the_model_is(self):
-        data, model = random_transitions(60), small_model()
-        first = quick(model, data, num_steps=100, held_out=0.2, learning_rate=1e-2)
-        again = quick(model, data, num_steps=1, held_out=0.2, learning_rate=0.0)
-        assert float(again.held_out[0]) == pytest.approx(float(first.held_out.min()), rel=1e-5)
-
-    def test_schedule(self, monkeypatch):
-        rates = []
-        step = torch.optim.AdamW.step
-
-        def watch(self, *args, **kwargs):
-            rates.append(self.param_groups[0]["lr"])
-            return step(self, *args, **kwargs)
-
-        monkeypatch.setattr(torch.optim.AdamW, "step", watch)
-        options = {"num_steps": 4, "learning_rate": 0.1}
-        quick(small_model(), random_transitions(40), schedule="cosine", **options)
-        expected = [0.1 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
-        assert rates == pytest.approx(expected)
-        rates.clear()
-        quick(small_model(), random_transitions(40), **options)
-        assert rates == [0.1] * 4
-
-
-class TestProgress:
-    def test_a_bar(self, capsys):
-        quick(small_model(), random_transitions(40), progress=True)
-        assert "held_out=" in capsys.readouterr().err
-
-    def test_lines_without_tqdm(self, capsys, monkeypatch):
-        original = builtins.__import__
-
-        def without(name, *args, **kwargs):
-            if name.startswith("tqdm"):
-                raise ImportError(name)
-            return original(name, *args, **kwargs)
-
-        monkeypatch.setattr(builtins, "__import__", without)
-        quick(small_model(), random_transitions(40), progress=True)
-        out = capsys.readouterr().out
-        assert "20 of 20 steps, training" in out
-
-    def test_silence(self, capsys):
-        quick(small_model(), random_transitions(40))
-        captured = capsys.readouterr()
-        assert captured.out + captured.err == ""
-
-
-class TestLossOptions:
-    def test_renamed_keys(self):
-        data = random_transitions(60)
-        renamed = TensorDict({"o": data["observation"]}, [60])
-        renamed["agent", "a"], renamed["next", "o"] = data["action"], data["next", "observation"]
-        models = [small_model()]
-        models.append(copy.deepcopy(models[0]))
-        quick(models[0], data)
-        loss = BacktrackLoss(models[1])
-        loss.set_keys(observation="o", action=("agent", "a"))
-        quick(models[1], renamed, loss=loss)
-        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-            torch.testing.assert_close(a, b)
-
-    def test_a_bootstrapped_ensemble(self):
-        model = small_model(num_members=2)
-        model.member(1).load_state_dict(model.member(0).state_dict())
-        loss = BacktrackLoss(model, bootstrap=True, generator=generator(1))
-        quick(model, random_transitions(60), loss=loss)
-        one, other = (model.member(i).delta_network[0].weight for i in range(2))
-        assert not torch.equal(one, other)
-
-
-class TestRefuses:
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"num_epochs": 2}, "give one of num_steps and num_epochs"),
-            ({"num_steps": None}, "give one of num_steps and num_epochs"),
-            ({"num_steps": 0}, "num_steps must be at least 1"),
-            ({"batch_size": 0}, "batch_size must be at least 1"),
-            ({"learning_rate": -1.0}, "learning_rate must lie in"),
-            ({"held_out": 1.0}, "leaves 0 rows to fit"),
-            ({"held_out": 1.5}, "held_out must lie in"),
-            ({"patience": 0}, "patience must be at least 1"),
-            ({"patience": 1, "held_out": 0.0}, "patience needs held_out rows"),
-            ({"evaluate_every": 0}, "evaluate_every must be at least 1"),
-            ({"schedule": "linear"}, "schedule must be 'constant' or 'cosine'"),
-            ({"max_grad_norm": -1.0}, "max_grad_norm must lie in"),
-        ],
-    )
-    def test_numbers(self, options, message):
-        model = small_model()
-        before = copy.deepcopy(model.state_dict())
-        with pytest.raises(ValueError, match=message):
-            quick(model, random_transitions(40), **options)
-        assert_same(before, model.state_dict())
-
-    def test_things(self):
-        model, data = small_model(), random_transitions(40)
-        with pytest.raises(TypeError, match="BacktrackModel, got Linear"):
-            quick(torch.nn.Linear(1, 1), data)
-        for buffer in ([1, 2], {"a": 1}, None):
-            with pytest.raises(TypeError, match="buffer must be a TensorDict, or a Storage"):
-                quick(model, buffer)
-        other = BacktrackLoss(small_model())
-        for loss in (other, BacktrackLoss(model, reduction="sum"), torch.nn.Linear(1, 1)):
-            with pytest.raises(ValueError, match="loss must be a BacktrackLoss of this very model"):
-                quick(model, data, loss=loss)
-
-    def test_nothing_to_learn_from(self):
-        model, data = small_model(), random_transitions(40)
-        for empty in (
-            ReplayBuffer(storage=LazyTensorStorage(10)),
-            LazyTensorStorage(10),
-            data[:0],
-        ):
-            with pytest.raises(ValueError, match="buffer is empty"):
-                quick(model, empty)
-        with pytest.raises(ValueError, match="leaves 0 rows to fit"):
-            quick(model, data[:1])
-        data["collector", "mask"] = torch.zeros(40, dtype=torch.bool)
-        for share in (0.0, 0.1):
-            with pytest.raises(ValueError, match=r"rows? .*(left )?to fit"):
-                quick(model, data, held_out=share)
-        with pytest.raises(KeyError, match=r"'action'.*missing"):
-            quick(model, random_transitions(40).exclude("action"))
-
-    def test_a_displacement_outside_the_support(self):
-        env = make_maze(batch_size=(20,))
-        data = env.rollout(20, break_when_any_done=False)
-        data["observation"][3, 4] = torch.tensor([1, 3])
-        data["next", "observation"][3, 4] = torch.tensor([3, 1])
-        model = BacktrackModel.from_env(env, num_cells=(8,))
-        with pytest.raises(ValueError, match=r"1 of .* transitions have a displacement"):
-            quick(model, data, num_steps=None, num_epochs=1)
-
-    def test_a_loss_that_explodes(self):
-        model = small_model()
-        with pytest.raises(RuntimeError, match=r"loss is .* lower learning_rate"):
-            quick(model, random_transitions(40), learning_rate=1e30, evaluate_every=1)
-        assert all(bool(p.isfinite().all()) for p in model.parameters())

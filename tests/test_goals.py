@@ -11,6 +11,7 @@ from goal_data import fit_ring, generator, in_ring, make_gan
 from torchrl.data import Bounded
 from transform_data import same
 
+from torchrl_recall import GoalGAN
 from torchrl_recall.goals.lsgan import discriminator_loss, generator_loss
 from torchrl_recall.goals.space import GoalMemory
 
@@ -230,3 +231,8 @@ class TestMemory:
         gan.update(goals[:1], torch.tensor([0.5]), num_steps=1)
         assert same(gan.old_goals, goals[[1, 3, 0]])
         assert same(gan.good_goals, goals[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float64])
+def test_rates_of_single_tries_are_rates(dtype):
+    assert GoalGAN(2).label(torch.tensor([0, 1]).to(dtype)).tolist() == [False, False]

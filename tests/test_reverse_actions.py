@@ -269,3 +269,18 @@ def test_losses_compile_in_one_graph(options):
         for x in (out, expected)
     ]
     torch.testing.assert_close(*likelihood)
+
+
+def test_an_action_outside_a_uniform_box_is_refused_and_impossible():
+    model = BacktrackModel(2, 2, num_cells=(8,), reverse_action="uniform")
+    data = TensorDict(
+        {
+            "observation": torch.zeros(3, 2),
+            "action": torch.tensor([[0.0, 0.0], [1.0, -1.0], [0.0, 3.0]]),
+            "next": {"observation": torch.zeros(3, 2)},
+        },
+        [3],
+    )
+    assert torch.isneginf(model.log_prob(data)).tolist() == [False, False, True]
+    with pytest.raises(ValueError, match="1 of 3 transitions have an action outside"):
+        BacktrackLoss(model)(data)

@@ -271,3 +271,9 @@ class TestInTheTransform:
             copied = how(starts)
             one, two = starts(data, generator(1)), copied(data, generator(1))
             assert same(one["observation"], two["observation"])
+
+
+def test_a_score_laid_out_otherwise_is_refused():
+    batch = TensorDict({"next": {"observation": torch.zeros(6, 2)}}, [6])
+    with pytest.raises(ValueError, match="score has shape"):
+        BestStarts(lambda data: torch.zeros(1, 6), top=0.5)(batch, torch.Generator())

@@ -148,3 +148,8 @@ class TestInTheTransform:
         for starts in (GoalStarts(GOALS, weights=torch.arange(3)), GoalStarts(make_goals)):
             one = starts(transitions(6), generator(1))["observation"]
             assert same(one, how(starts)(transitions(6), generator(1))["observation"])
+
+
+def test_numbers_in_a_list_are_no_goals():
+    with pytest.raises(TypeError, match="goals must be a key"):
+        GoalStarts([0.0, 1.0])

@@ -206,6 +206,16 @@ class BacktrackLoss(LossModule):
                 "a displacement s_t - s_(t+1) that is not in the model's delta_support; add it "
                 "there.",
             )
+        if self.model.action.is_uniform:
+            head = self.model.action.head
+            evenly = torch.zeros(
+                *kept.shape, head.output_size, dtype=self.model.dtype, device=kept.device
+            )
+            _refuse(
+                kept & torch.isneginf(head.log_prob(evenly, action)),
+                "an action outside the model's bounds, within which reverse actions are uniform; "
+                "scale it.",
+            )
         # Behind all refusals, which must leave the statistics as they were.
         if self.training:
             self.model.update_normalization(

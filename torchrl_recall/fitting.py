@@ -183,7 +183,7 @@ def fit(
     num_steps = check_at_least_one("num_steps", num_steps)
     if evaluate_every is None:
         evaluate_every = max(1, min(per_epoch, num_steps // 20))
-    was_training = model.training
+    was_training, loss_was_training = model.training, loss.training
     try:
         run = _Run(loss, data, training, kept_out, batch_size)
         if update_statistics:
@@ -199,6 +199,7 @@ def fit(
             _reporter(num_steps) if progress else None,
         )
     finally:
+        loss.train(loss_was_training)
         model.train(was_training)
 
 
@@ -212,8 +213,8 @@ def split_rows(
 
     Args:
         rows (Tensor): int64 ``[N]``.
-        held_out (float): share of rows to hold out; of trajectories, as many as make up at least
-            that share.
+        held_out (float): share of rows to hold out; of trajectories, as many as make up that share,
+            without any that would make it more than twice as much, if there are others.
         trajectory (Tensor, optional): ``[N]`` which trajectory a row belongs to; one alone is
             split by rows.
         generator (torch.Generator, optional): on the CPU; None is torch's own.
@@ -239,10 +240,7 @@ def split_rows(
     else:
         lengths = numbers.bincount()
         order = torch.randperm(len(lengths), generator=generator)
-        before = lengths[order].cumsum(0) - lengths[order]
-        # At least one stays on either side.
-        chosen = order[before < wanted][: len(order) - 1]
-        left = torch.isin(numbers, chosen)
+        left = torch.isin(numbers, _held_out_trajectories(order, lengths, wanted))
     training, kept_out = rows[~left], rows[left]
     if len(training) == 0 or len(kept_out) == 0:
         raise ValueError(
@@ -250,6 +248,20 @@ def split_rows(
             "out, expected at least one of each."
         )
     return training, kept_out
+
+
+def _held_out_trajectories(order: Tensor, lengths: Tensor, wanted: int) -> Tensor:
+    """Choose trajectories in a given order until they have ``wanted`` rows; never all of them."""
+    chosen, total = [], 0
+    for one, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        if total >= wanted:
+            break
+        if total + length <= 2 * wanted:
+            chosen.append(one)
+            total += length
+    # All are long: the shortest is nearest to what is wanted.
+    chosen = chosen[: len(order) - 1] or [int(lengths.argmin())]
+    return torch.tensor(chosen)
 
 
 class _Run:

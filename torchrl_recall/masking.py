@@ -96,8 +96,8 @@ def blank_rows(
 
 
 def one_each(data: TensorDictBase, value: Tensor, name: str) -> Tensor:
-    """Return an entry with one number for each row as ``[*B]``, or refuse it by name."""
-    if check_tensor(name, value).numel() != data.shape.numel():
+    """Return an entry with one number for each row, ``[*B]`` or ``[*B, 1]``, as ``[*B]``."""
+    if check_tensor(name, value).shape not in (data.shape, (*data.shape, 1)):
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}, expected one entry for each of "
             f"{tuple(data.shape)} rows."

@@ -65,7 +65,7 @@ class BacktrackTransform(Transform):
         last_visit (bool): keep a step only if its state is not visited again later in the trace
             (for discrete states and lattices).
         start (StartStates, optional): where traces start, instead of the sampled transitions' next
-            states; see `torchrl_recall.starts`.
+            states; see `torchrl_recall.starts`. What a row holds is then not of its trace.
         masks (sequence of TraceMask): what else to leave out; see `torchrl_recall.trace_masks`.
         support (callable, optional): keeps traces inside the data; as for `sample_traces`, see
             `torchrl_recall.support`.

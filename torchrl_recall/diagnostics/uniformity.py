@@ -71,7 +71,8 @@ def calibration(
             model is always too sure of those it knows.
 
     Keyword Args:
-        factor (str): ``"delta"``, the change of state, or ``"action"``.
+        factor (str): ``"delta"``, the change of state, or ``"action"``. Bounded actions on their
+            very bounds share one value of the PIT: where many are, it is not uniform.
         levels (sequence of float): central intervals whose coverage to report, in (0, 1).
         mask_nonfinite (bool): leave out rows with NaN or infinite entries instead of refusing them.
         generator (torch.Generator, optional): on the model's device, for categorical heads, whose

@@ -225,6 +225,8 @@ class GoalGAN(nn.Module):
         """
         if not bool(((success_rate >= 0) & (success_rate <= 1)).all()):
             raise ValueError("success_rate must lie in [0, 1], got other or non-finite entries.")
+        if not success_rate.is_floating_point():
+            success_rate = success_rate.to(self.space.low.dtype)
         # As numbers of the rates' dtype: 0.1 in float32 is not below 0.1.
         low, high = (success_rate.new_tensor(x) for x in (self.min_success, self.max_success))
         return (success_rate >= low) & (success_rate <= high)

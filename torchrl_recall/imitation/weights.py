@@ -28,8 +28,8 @@ class ImitationKeys:
         trace (NestedKey): the traces, a nested TensorDict.
         action (NestedKey or list of NestedKey): the action, inside the trace; of several parts,
             their nested TensorDict or their keys.
-        value (NestedKey, optional): in the batch, the value that the traces lead to. None: the
-            critic says.
+        value (NestedKey, optional): in the batch, the value that the traces lead to; not beside
+            ``BacktrackTransform(start=...)``, whose traces lead elsewhere. None: the critic says.
         trace_reward (NestedKey): inside the trace, rewards if there are any.
         trace_terminated (NestedKey): inside the trace, ends of episodes if there are any.
         state_value (NestedKey): where a critic writes V(s).
@@ -283,7 +283,7 @@ def state_value(
 
 def one_each_step(value: Tensor, kept: Tensor, key: NestedKey) -> Tensor:
     """Return one finite number for each kept step, ``[*B]``."""
-    if value.numel() != kept.numel():
+    if value.shape not in (kept.shape, (*kept.shape, 1)):
         raise ValueError(
             f"{key!r} has shape {tuple(value.shape)}, expected one entry for each step, "
             f"{tuple(kept.shape)}."

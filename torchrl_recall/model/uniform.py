@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+# Actions that were scaled and cast may lie this far outside, as a share of the half range.
+ROUNDING = 1e-4
+
 
 class UniformHead(nn.Module):
     """Uniform over a box, whatever the state: nothing to learn, and nothing to run.
+
+    Outside the box, but for rounding, the density is zero.
 
     Takes standard normal noise, as all heads of continuous actions do, by way of its normal CDF.
 
@@ -38,8 +43,10 @@ class UniformHead(nn.Module):
         return (value - self.middle) / self.half_range
 
     def log_prob(self, parameters: Tensor, value: Tensor) -> Tensor:
-        """Log-density of an action of the box."""
-        return -(2 * self.half_range).log().sum().expand(value.shape[:-1])
+        """Log-density of an action: minus infinity outside the box."""
+        density = -(2 * self.half_range).log().sum().expand(value.shape[:-1])
+        inside = (self.features(value).abs() <= 1 + ROUNDING).all(-1)
+        return torch.where(inside, density, -torch.inf)
 
     def sample(self, parameters: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return an action and its log-density from standard normal ``noise``."""

@@ -12,6 +12,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
 
+from torchrl_recall.checks import check_key
 from torchrl_recall.masking import one_each
 from torchrl_recall.values import entry
 
@@ -71,7 +72,7 @@ def key_list(name: str, keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey
         return [unravel_key(keys)]
     if not isinstance(keys, Sequence) or not keys:
         raise TypeError(f"{name} must be a key or a non-empty sequence of keys, got {keys!r}.")
-    return [unravel_key(key) for key in keys]
+    return [check_key(name, key) for key in keys]
 
 
 def unmasked_rows(tensordict: TensorDictBase) -> Tensor:
