@@ -28,7 +28,7 @@ from mutations import digest, spoil
 ALL_TARGETS = {**TARGETS, **BUFFER_TARGETS}
 REFUSALS = (ValueError, KeyError, TypeError)
 # Where the library calls TorchRL's own buffer, or functions that users give it.
-OF_OTHERS = (".extend(", "self.refresh()", "self.weight(", "support(candidates)")
+OF_OTHERS = (".extend(", "self.refresh()", "self.weight(", "self.start(", "support(candidates)")
 HANG = 60.0  # seconds that no case takes
 
 

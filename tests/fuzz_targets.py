@@ -68,6 +68,11 @@ def keys_of(data):
     return (*(repr(key) for key in data.keys(True)), "('collector', 'mask')", "the data")
 
 
+def key_parts(key):
+    """A key, and what it is made of."""
+    return (repr(key), *(key if isinstance(key, tuple) else (key,)))
+
+
 def pick(rng, options):
     """A few of the optional arguments."""
     return {name: value for name, value in options.items() if rng.random() < 0.5}
@@ -234,7 +239,7 @@ def walk(rng):
     def batch_of(trace, a):
         return trace.shape[: trace.ndim - 1 - (a.get("num_traces") is not None)]
 
-    words = tuple(map(repr, setup.model.observation_keys))
+    words = tuple(part for key in setup.model.observation_keys for part in key_parts(key))
     return Case(arguments, lambda a: sample_traces(**a), check, (setup.model,), words)
 
 

@@ -159,7 +159,7 @@ def test_goes_on_without_a_worker(ray, sign, number):
 
     with pytest.raises(Enough):
         train(
-            steps_of(10**7),
+            steps_of(300_000),
             num_collectors=number,
             timeout=20.0,
             stop_when_solved=False,
@@ -179,7 +179,7 @@ def test_gives_up_without_the_buffer(ray):
                 os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(ray.exceptions.RayActorError):
-        train(steps_of(1_000_000), stop_when_solved=False, progress=progress)
+        train(steps_of(300_000), stop_when_solved=False, progress=progress)
     assert wait_until(lambda: not workers(ray), 10)
 
 

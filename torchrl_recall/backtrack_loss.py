@@ -274,7 +274,7 @@ class BacktrackLoss(LossModule):
         batch = observation.shape[: observation.ndim - event]
         try:
             return TensorDict(tensordict.select(*self.in_keys, strict=False).to_dict(), batch)
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError) as error:
             raise ValueError(
                 f"{self.in_keys} must all begin with {self._observation_keys[0]!r}'s batch "
                 f"{tuple(batch)}: {error}"

@@ -94,7 +94,7 @@ class SavedSampler(PrioritizedSampler):
         """
         # First, as a state of another version may also have other entries.
         version = state_dict.get("_schema_version", _VERSION)
-        if version != _VERSION:
+        if not isinstance(version, int) or version != _VERSION:
             raise ValueError(f"_schema_version must be {_VERSION}, got {version!r}")
         names = ("_schema_version", "_values", "_oldest", "beta", *Parameters._fields)
         missing = [name for name in names if name not in state_dict]

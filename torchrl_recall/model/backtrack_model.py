@@ -329,8 +329,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
 
         Raises:
             KeyError: a key is missing.
-            ValueError: empty data, or wrong shapes, dtypes, devices or non-finite values; or so
-                large ones that there is no answer.
+            ValueError: empty data, wrong shapes, dtypes, devices, non-finite or too large values.
         """
         log_prob = torch.stack(list(self.step_log_prob(*self.read(data)).values())).sum(0)
         return check_not_nan("log_prob", log_prob)

@@ -108,6 +108,8 @@ def paired_values(priority: Any, flat: Tensor, reduction: str) -> tuple[Tensor, 
     # `add` of a stored trajectory passes the same index once for each of its steps.
     if bool((flat == flat[0]).all()):
         flat = flat[:1]
+    if not priority.numel():
+        raise ValueError(f"priority must hold numbers, got shape {tuple(priority.shape)}")
     values = priority.reshape(flat.numel(), -1)
     if reduction == "mean":
         return flat, values.mean(1)
