@@ -26,7 +26,8 @@ from torchrl_recall import (
 
 pytestmark = [
     pytest.mark.skipif(
-        importlib.util.find_spec("minari") is None, reason="minari needs Python 3.11 or later"
+        any(importlib.util.find_spec(name) is None for name in ("minari", "jax")),
+        reason="minari, with the jax that it records by, is not installed",
     ),
     # Minari's own: what a dataset's metadata lacks.
     pytest.mark.filterwarnings("ignore::UserWarning:minari"),

@@ -100,6 +100,7 @@ class TestCompiled:
         model = BacktrackModel(3, ACTIONS[kind], num_cells=(8,), **options)
         check_compiled(model.log_prob, real_data(ACTIONS[kind], BATCH))
 
+    @pytest.mark.filterwarnings("ignore:The distutils package:DeprecationWarning")
     @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
     def test_by_inductor(self, monkeypatch):
         """The paper's plain form, imitation and model in one, as it would be trained."""

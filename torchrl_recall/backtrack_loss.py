@@ -256,7 +256,10 @@ class BacktrackLoss(LossModule):
             if self.samples:
                 shape = (*next_state.shape[:-1], member.action.head.size)
                 options: Any = {"dtype": parameters.dtype, "device": parameters.device}
-                noise = torch.randn(shape, generator=self.random.on(parameters.device), **options)
+                source = self.random.on(parameters.device)
+                if source is not None:  # given even as None, it stops compiled shapes that vary
+                    options["generator"] = source
+                noise = torch.randn(shape, **options)
             entropy = member.action.head.entropy(parameters, noise)  # pyright: ignore
             loss = loss - self.action_entropy_coeff * entropy
             logged["action_entropy"] = entropy
