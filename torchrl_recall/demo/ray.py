@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -133,7 +134,7 @@ class RemoteRecall:
 
 def weights_error(actor: Any, rollout: Rollout) -> float:
     """Return how far a rollout's log-probabilities are from those of the weights sent for it."""
-    import ray
+    ray: Any = import_module("ray")
 
     weights: Any = ray.get(rollout.weights)
     with torch.no_grad(), weights.to_module(actor):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from tensordict import TensorDict, TensorDictBase
@@ -25,7 +26,7 @@ def ray_running(num_cpus: int, address: str | None = None, tries: int = 3) -> It
         address (str, optional): of a cluster to join, such as ``"auto"``.
         tries (int): how often to try; on a busy machine Ray's own services may start too late.
     """
-    import ray
+    ray: Any = import_module("ray")
 
     if ray.is_initialized():
         yield
@@ -122,8 +123,8 @@ class SupervisedCollectors:
         The worker whose rollout was yielded gets its next call when the loop asks for more, so
         with the weights as they are then.
         """
-        import ray
-        from ray.exceptions import RayActorError
+        ray: Any = import_module("ray")
+        RayActorError = import_module("ray.exceptions").RayActorError
 
         for worker in range(len(self._collector.remote_collectors)):
             self._call(worker)
@@ -147,7 +148,7 @@ class SupervisedCollectors:
                 raise TimeoutError(f"no rollout for {3 * self.timeout} seconds") from failure
 
     def _call(self, worker: int) -> None:
-        import ray
+        ray: Any = import_module("ray")
 
         if self._sent is None or self._sent[0] != self.version:
             # One copy in Ray's object store, whatever the number of workers.
@@ -160,7 +161,7 @@ class SupervisedCollectors:
         self._calls[actor.next.remote()] = _Call(worker, version, weights, arrived, deadline)
 
     def _kill_overdue(self) -> None:
-        import ray
+        ray: Any = import_module("ray")
 
         now = time.monotonic()
         for future, call in list(self._calls.items()):
