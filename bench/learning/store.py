@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 from pathlib import Path
@@ -100,7 +101,7 @@ def check(entry: Entry, measured: dict[str, Any]) -> None:
             f"steps, score and seconds must be equally long, got {len(steps)}, {len(score)} and "
             f"{len(seconds)} of {entry.task} {entry.name}."
         )
-    if any(later <= earlier for earlier, later in zip(steps[:-1], steps[1:], strict=True)):
+    if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
         raise ValueError(f"steps of {entry.task} {entry.name} must rise.")
     low, high = entry.definition.get("score_range", (0.0, 1.0))
     # Written so that NaN fails as well.
