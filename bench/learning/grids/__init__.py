@@ -2,13 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 from bench.learning.entry import Entry
+from bench.learning.grids.recipes import TUNED
+from bench.learning.grids.task import Task
+from bench.learning.grids.training import Recipe, train
 from bench.learning.suite import Section
+
+TUNING_SEEDS = tuple(range(2000, 2005))
+TUNING_SIZE, TUNING_BUDGET = 11, 40_000
+
+
+def make(
+    task: Task,
+    algorithm: str,
+    variant: str,
+    recipe: Recipe,
+    seeds: tuple[int, ...],
+    budget: int,
+    label: str = "",
+    name: str | None = None,
+) -> Entry:
+    """Return the entry of a recipe on a maze."""
+    definition = {"task": task.definition(), "recipe": recipe.definition()}
+    run = partial(train, task=task, recipe=recipe, budget=budget)
+    return Entry(name or task.name, algorithm, variant, seeds, budget, run, definition, label=label)
+
+
+def tuning() -> list[Entry]:
+    """Return the grids of settings, on seeds of their own."""
+    return [
+        make(
+            Task(TUNING_SIZE),
+            method,
+            setting,
+            recipe,
+            TUNING_SEEDS,
+            TUNING_BUDGET,
+            f"{method}: {setting}",
+            f"tuning_four_rooms_{TUNING_SIZE}",
+        )
+        for method, settings in TUNED.items()
+        for setting, recipe in settings.items()
+    ]
 
 
 def entries() -> list[Entry]:
     """Return what there is to run."""
-    return []
+    return tuning()
 
 
 def sections() -> list[Section]:

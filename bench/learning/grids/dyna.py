@@ -41,9 +41,7 @@ class Dyna:
             num_cells=[settings.model_cells],
             activation_class=nn.ReLU,
         )
-        self.optimizer = torch.optim.Adam(
-            self.network.parameters(), settings.model_learning_rate
-        )
+        self.optimizer = torch.optim.Adam(self.network.parameters(), settings.model_learning_rate)
         self.buffer = TensorDictReplayBuffer(
             storage=LazyTensorStorage(200_000), batch_size=settings.model_batch
         )

@@ -18,6 +18,7 @@ from torchrl.data import (
 )
 from torchrl.modules import MLP, QValueActor
 from torchrl.objectives import ClipPPOLoss, DQNLoss, SoftUpdate
+from torchrl.objectives.value.functional import generalized_advantage_estimate
 
 from bench.learning.grids.task import cells
 from bench.learning.grids.walker import Rollout
@@ -108,6 +109,10 @@ class ActorCritic:
             max_grad_norm=settings.max_grad_norm,
         )
         self.a2c = A2C(env, common)
+        # The same steps as the main job's optimizer, in one kernel.
+        self.a2c.optimizer = torch.optim.Adam(
+            self.a2c.parameters, settings.learning_rate, fused=True
+        )
         self.loss: Any = self.a2c.loss
         if settings.epochs:
             self.loss = ClipPPOLoss(
@@ -124,8 +129,8 @@ class ActorCritic:
     @torch.no_grad()
     def policy(self) -> Tensor:
         """Return what acts, ``[size², 4]``."""
-        distribution: Any = self.a2c.actor.get_dist(self.cells.copy())
-        return distribution.probs
+        logits: Any = self.a2c.actor.module[0].module
+        return logits(self.cells["observation"]).softmax(-1)
 
     judged = policy
 
@@ -133,16 +138,35 @@ class ActorCritic:
         """Learn from a rollout."""
         batch = data.tensordict()
         if not self.settings.epochs:
-            with torch.no_grad():
-                self.a2c.advantage(batch)
+            self._set_advantage(batch, data)
             self.step(self.loss(batch.reshape(-1)))
             return
         for _ in range(self.settings.epochs):
-            with torch.no_grad():
-                self.a2c.advantage(batch)
+            self._set_advantage(batch, data)
             rows = batch.reshape(-1)
             for part in torch.randperm(len(rows)).chunk(self.settings.minibatches):
                 self.step(self.loss(rows[part]))
+
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """Return the critic's value of each cell, ``[size²]``."""
+        critic: Any = self.a2c.critic.module
+        return critic(self.cells["observation"]).squeeze(-1)
+
+    def _set_advantage(self, batch: TensorDict, data: Rollout) -> None:
+        """Write GAE, with the critic called once for all cells."""
+        value, after = self.value(), batch["next"]
+        before = value[torch.from_numpy(data.cell)].unsqueeze(-1)
+        advantage, target = generalized_advantage_estimate(
+            self.settings.gamma,
+            self.settings.lmbda,
+            before,
+            value[torch.from_numpy(data.next_cell)].unsqueeze(-1),
+            after["reward"],
+            done=after["done"],
+            terminated=after["terminated"],
+        )
+        batch.update({"advantage": advantage, "value_target": target, "state_value": before})
 
     def imitate(self, sample: TensorDictBase) -> None:
         """Take one step towards the actions of ``sample["trace"]``."""
@@ -189,7 +213,9 @@ class DQN:
         )
         self.loss.make_value_estimator(gamma=settings.gamma)
         self.target = SoftUpdate(self.loss, tau=settings.tau)
-        self.optimizer = torch.optim.Adam(self.actor.parameters(), settings.learning_rate)
+        self.optimizer = torch.optim.Adam(
+            self.actor.parameters(), settings.learning_rate, fused=True
+        )
         self.recall_loss = RecallTraceLoss(self.actor, loss_function="margin", margin=MARGIN)
         capacity = budget + settings.num_envs * settings.rollout
         self.buffer = TensorDictReplayBuffer(

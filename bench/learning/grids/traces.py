@@ -13,7 +13,12 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from bench.learning.best_episodes import BestEpisodes
 from bench.learning.grids.hosts import ActorCritic, Host
 from bench.learning.grids.walker import Rollout
-from torchrl_recall import BacktrackLoss, BacktrackModel, BacktrackTransform, ValuePrioritizedSampler
+from torchrl_recall import (
+    BacktrackLoss,
+    BacktrackModel,
+    BacktrackTransform,
+    ValuePrioritizedSampler,
+)
 from torchrl_recall.envs import FourRoomsEnv
 
 STORED = ("observation", "action", ("next", "observation"), ("next", "reward"))
@@ -86,7 +91,7 @@ class Traces:
         )
         self.model_loss = BacktrackLoss(self.model)
         self.optimizer = torch.optim.Adam(
-            self.model_loss.parameters(), settings.model_learning_rate
+            self.model_loss.parameters(), settings.model_learning_rate, fused=True
         )
         self.model_buffer: Any = TensorDictReplayBuffer(
             storage=storage, writer=self.buffer.writer, batch_size=settings.model_batch
@@ -138,7 +143,7 @@ class Traces:
         """Return ``r + γ V(s')`` of stored steps, from the critic's values of all cells."""
         assert isinstance(self.host, ActorCritic)
         size, gamma = self.env.size, self.host.settings.gamma
-        table = self.host.a2c.critic(self.host.cells.copy())["state_value"].squeeze(-1)
+        table = self.host.value()
         cell, reward = after["observation"], after["reward"].squeeze(-1)
         value = table[cell[:, 0] * size + cell[:, 1]]
         # The goal is terminal: it has no value of its own.

@@ -1,0 +1,65 @@
+"""The algorithms of the reported rows, as they were frozen before the runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bench.learning.grids.hosts import ActorCriticSettings, DQNSettings
+from bench.learning.grids.real import (
+    BestSettings,
+    BonusSettings,
+    HindsightSettings,
+    SelfImitationSettings,
+)
+from bench.learning.grids.traces import TracesSettings
+from bench.learning.grids.training import Recipe
+
+A2C = ActorCriticSettings()
+PPO = ActorCriticSettings(rollout=32, epochs=4, minibatches=4)
+DQN = DQNSettings()
+PER = replace(DQN, alpha=0.6)
+GOALS = replace(DQN, goals=True)
+
+TUNED: dict[str, dict[str, Recipe]] = {
+    "a2c": {
+        "entropy_0.01": Recipe(A2C),
+        "entropy_0.03": Recipe(replace(A2C, entropy_coeff=0.03)),
+        "rate_0.003": Recipe(replace(A2C, learning_rate=3e-3)),
+    },
+    "a2c_sil": {
+        "updates_4": Recipe(A2C, sil=SelfImitationSettings()),
+        "updates_8": Recipe(A2C, sil=SelfImitationSettings(updates=8)),
+        "updates_16": Recipe(A2C, sil=SelfImitationSettings(updates=16)),
+        "rate_0.003": Recipe(replace(A2C, learning_rate=3e-3), sil=SelfImitationSettings()),
+    },
+    "a2c_best": {
+        "best_64": Recipe(A2C, best=BestSettings()),
+        "best_16": Recipe(A2C, best=BestSettings(num_episodes=16)),
+        "updates_16": Recipe(A2C, best=BestSettings(updates=16)),
+        "rate_0.003": Recipe(replace(A2C, learning_rate=3e-3), best=BestSettings()),
+    },
+    "a2c_bonus": {
+        f"coeff_{coeff:g}": Recipe(A2C, bonus=BonusSettings(coeff))
+        for coeff in (0.01, 0.03, 0.1, 0.3)
+    },
+    "dqn_per": {
+        "alpha_0.6": Recipe(PER),
+        "alpha_0.4": Recipe(replace(PER, alpha=0.4)),
+        "exploration_60000": Recipe(replace(PER, epsilon_steps=60_000)),
+        "exploration_5000": Recipe(replace(PER, epsilon_steps=5_000)),
+    },
+    "dqn_her": {
+        "goals_4": Recipe(GOALS, hindsight=HindsightSettings()),
+        "goals_8": Recipe(GOALS, hindsight=HindsightSettings(num_goals=8)),
+        "exploration_5000": Recipe(
+            replace(GOALS, epsilon_steps=5_000), hindsight=HindsightSettings()
+        ),
+    },
+    "dqn_found": {
+        "updates_8": Recipe(DQN, traces=TracesSettings()),
+        "updates_4": Recipe(DQN, traces=TracesSettings(updates=4, model_updates=4)),
+        "updates_4_exploration_5000": Recipe(
+            replace(DQN, epsilon_steps=5_000), traces=TracesSettings(updates=4, model_updates=4)
+        ),
+    },
+}
