@@ -26,7 +26,8 @@ class Section:
             each task that has it.
         in_readme: rows (``algorithm/variant``) that the README shows.
         by_steps_to_solve: tables count the steps until solved; else the area under the curve.
-        kind: ``"results"``, or ``"tuning"`` for grids of settings, which have no curves.
+        figures: whether there are figures; grids of settings have none.
+        sizes: the tasks' sizes, to fit how the cost grows with them; empty: not fitted.
     """
 
     name: str
@@ -35,7 +36,8 @@ class Section:
     reference: tuple[str, ...]
     in_readme: tuple[str, ...] = ()
     by_steps_to_solve: bool = True
-    kind: str = "results"
+    figures: bool = True
+    sizes: tuple[int, ...] = ()
 
 
 def collect(modules: Sequence[str] = MODULES) -> list[Entry]:

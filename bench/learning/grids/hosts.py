@@ -263,7 +263,7 @@ class DQN:
         """Take one step of Q-learning on a batch."""
         self._descend(self.loss(batch)["loss"])
         self.target.step()
-        if self.settings.alpha and "index" in batch.keys():
+        if self.settings.alpha and batch.get("index", None) is not None:
             self.buffer.update_tensordict_priority(batch)
 
     def imitate(self, sample: TensorDictBase) -> None:
