@@ -16,14 +16,14 @@ FIGURES = "figures"
 START, END = "<!-- learning: start -->", "<!-- learning: end -->"
 HEAD = """# Results
 
-Written by `python -m bench.learning report` from the runs in `bench/results/learning/`, the same bytes
-each time; only the paragraphs of reading are written by hand, in `bench/learning/readings/`.
+Written by `python -m bench.learning report` from the runs in `bench/results/learning/`, the same
+bytes each time; only the paragraphs of reading are written by hand, in `bench/learning/readings/`.
 
-Intervals are 95 % bootstrap intervals over the runs of a row (percentiles of 2,000 resamples, 1,000 for
-the bands of curves). IQM is the interquartile mean. A run that did not solve its task counts as its
-budget, so that ratios with such runs are lower bounds (≥). "P" is the probability that one run of the
-one row beats one run of the other; ties count half. Seconds leave out evaluations, and depend on the
-machine and on what else it did.
+Intervals are 95 % bootstrap intervals over the runs of a row (percentiles of 2,000 resamples, 1,000
+for the bands of curves). IQM is the interquartile mean. A run that did not solve its task counts as
+its budget, so that ratios with such runs are lower bounds (≥). "P" is the probability that one run
+of the one row beats one run of the other; ties count half. Seconds leave out evaluations, and
+depend on the machine and on what else it did.
 """
 
 

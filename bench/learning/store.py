@@ -105,10 +105,10 @@ def check(entry: Entry, measured: dict[str, Any]) -> None:
         raise ValueError(f"steps of {entry.task} {entry.name} must rise.")
     low, high = entry.definition.get("score_range", (0.0, 1.0))
     # Written so that NaN fails as well.
-    if not all(low - 1e-6 <= value <= high + 1e-6 for value in score):
+    outside = [value for value in score if not low - 1e-6 <= value <= high + 1e-6]
+    if outside:
         raise ValueError(
-            f"scores of {entry.task} {entry.name} must lie in {low} to {high}, got {min(score)} "
-            f"to {max(score)}."
+            f"scores of {entry.task} {entry.name} must lie in {low} to {high}, got {outside[0]}."
         )
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 from bench.learning.entry import Entry
-from bench.learning.grids.recipes import TUNED
+from bench.learning.grids.recipes import TUNED, TUNED_15
 from bench.learning.grids.task import Task
 from bench.learning.grids.training import Recipe, train
 from bench.learning.suite import Section
 
 TUNING_SEEDS = tuple(range(2000, 2005))
-TUNING_SIZE, TUNING_BUDGET = 11, 40_000
+TUNING = {11: (TUNED, 40_000), 15: (TUNED_15, 100_000)}  # by size, with their budgets
 
 
 def make(
@@ -34,16 +34,17 @@ def tuning() -> list[Entry]:
     """Return the grids of settings, on seeds of their own."""
     return [
         make(
-            Task(TUNING_SIZE),
+            Task(size),
             method,
             setting,
             recipe,
             TUNING_SEEDS,
-            TUNING_BUDGET,
+            budget,
             f"{method}: {setting}",
-            f"tuning_four_rooms_{TUNING_SIZE}",
+            f"tuning_four_rooms_{size}",
         )
-        for method, settings in TUNED.items()
+        for size, (tuned, budget) in TUNING.items()
+        for method, settings in tuned.items()
         for setting, recipe in settings.items()
     ]
 
