@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from bench.learning.grids.dyna import DynaSettings
 from bench.learning.grids.hosts import ActorCriticSettings, DQNSettings
 from bench.learning.grids.real import (
     BestSettings,
@@ -86,4 +87,55 @@ TUNED_15: dict[str, dict[str, Recipe]] = {
             traces=TracesSettings(updates=4, num_traces=32, model_updates=4, model_batch=512),
         ),
     },
+}
+
+ROWS: dict[str, Recipe] = {
+    "a2c/plain": Recipe(A2C),
+    "a2c/sil": Recipe(A2C, sil=SelfImitationSettings(updates=32)),
+    "a2c/best": Recipe(A2C, best=BestSettings(updates=32)),
+    "a2c/bonus": Recipe(A2C, bonus=BonusSettings(0.01)),
+    "a2c/bonus_sil": Recipe(A2C, sil=SelfImitationSettings(updates=16), bonus=BonusSettings(0.01)),
+    "a2c/past": Recipe(A2C, traces=TracesSettings(past=True)),
+    "a2c/paper": Recipe(A2C, traces=TracesSettings(start="value", data="best", last_visit=False)),
+    "a2c/traces": Recipe(A2C, traces=TracesSettings()),
+    "a2c/known": Recipe(A2C, traces=TracesSettings(start="known")),
+    "ppo/plain": Recipe(PPO),
+    "ppo/past": Recipe(PPO, traces=TracesSettings(past=True)),
+    "ppo/traces": Recipe(PPO, traces=TracesSettings()),
+    "dqn/plain": Recipe(DQN),
+    "dqn/per": Recipe(PER),
+    "dqn/her": Recipe(GOALS, hindsight=HindsightSettings()),
+    "dqn/dyna": Recipe(DQN, dyna=DynaSettings()),
+    "dqn/past": Recipe(DQN, traces=TracesSettings(past=True)),
+    "dqn/traces": Recipe(DQN, traces=TracesSettings()),
+    "dqn/known": Recipe(DQN, traces=TracesSettings(start="known")),
+}
+
+LABELS = {
+    "a2c/plain": "A2C",
+    "a2c/sil": "A2C + SIL, tuned",
+    "a2c/best": "A2C + imitation of the best real episodes, tuned",
+    "a2c/bonus": "A2C + count bonus",
+    "a2c/bonus_sil": "A2C + count bonus + SIL, tuned",
+    "a2c/past": "A2C + real past of the same states (no model)",
+    "a2c/paper": "A2C + recall traces, the paper's plain form",
+    "a2c/traces": "A2C + recall traces",
+    "a2c/known": "A2C + recall traces, goal known",
+    "ppo/plain": "PPO",
+    "ppo/past": "PPO + real past of the same states (no model)",
+    "ppo/traces": "PPO + recall traces",
+    "dqn/plain": "DQN",
+    "dqn/per": "DQN + PER, tuned",
+    "dqn/her": "DQN + HER, tuned, goal known",
+    "dqn/dyna": "DQN + forward model (Dyna)",
+    "dqn/past": "DQN + real past of the same states (no model)",
+    "dqn/traces": "DQN + recall traces",
+    "dqn/known": "DQN + recall traces, goal known",
+}
+
+# A host without and with traces, whose training steps are timed side by side.
+COSTS: dict[str, tuple[Recipe, Recipe]] = {
+    "A2C, the rows' recipe": (ROWS["a2c/plain"], ROWS["a2c/traces"]),
+    "PPO, the rows' recipe": (ROWS["ppo/plain"], ROWS["ppo/traces"]),
+    "DQN, the rows' recipe": (ROWS["dqn/plain"], ROWS["dqn/traces"]),
 }
