@@ -1,8 +1,8 @@
 """Time of a training step with and without recall traces: `python -m bench.learning.cost`.
 
 Both learners are in one process and take turns, rollout by rollout, so that what else the machine
-does meets both. Each rollout is followed by all that a method does on it: learning, storing, ranking,
-fitting the model, sampling traces and imitating them. Results go to
+does meets both. Each rollout is followed by all that a method does on it: learning, storing,
+ranking, fitting the model, sampling traces and imitating them. Results go to
 ``bench/results/learning_cost.json``, which the report reads.
 """
 

@@ -67,6 +67,8 @@ class DQNSettings:
     beta: float = 0.4
     goals: bool = False
     """The network reads a goal beside the cell."""
+    margin: float = 0.1
+    """By which the value of an imitated action is to lead."""
 
 
 class Host(Protocol):
@@ -216,7 +218,9 @@ class DQN:
         self.optimizer = torch.optim.Adam(
             self.actor.parameters(), settings.learning_rate, fused=True
         )
-        self.recall_loss = RecallTraceLoss(self.actor, loss_function="margin", margin=MARGIN)
+        self.recall_loss = RecallTraceLoss(
+            self.actor, loss_function="margin", margin=settings.margin
+        )
         capacity = budget + settings.num_envs * settings.rollout
         self.buffer = TensorDictReplayBuffer(
             storage=LazyTensorStorage(capacity * (5 if settings.goals else 1)),
@@ -275,6 +279,3 @@ class DQN:
         loss.backward()
         self.optimizer.step()
         self.gradient_steps += 1
-
-
-MARGIN = 0.1

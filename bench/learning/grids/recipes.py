@@ -61,6 +61,9 @@ TUNED: dict[str, dict[str, Recipe]] = {
     "dqn_found": {
         "updates_8": Recipe(DQN, traces=TracesSettings()),
         "updates_4": Recipe(DQN, traces=TracesSettings(updates=4, model_updates=4)),
+        "updates_4_margin_0.03": Recipe(
+            replace(DQN, margin=0.03), traces=TracesSettings(updates=4, model_updates=4)
+        ),
         "updates_4_exploration_5000": Recipe(
             replace(DQN, epsilon_steps=5_000), traces=TracesSettings(updates=4, model_updates=4)
         ),
