@@ -3,7 +3,7 @@
 Both learners are in one process and take turns, rollout by rollout, so that what else the machine
 does meets both. Each rollout is followed by all that a method does on it: learning, storing,
 ranking, fitting the model, sampling traces and imitating them. Results go to
-``bench/results/learning_cost.json``, which the report reads.
+``bench/results/learning/cost.json``, which the report reads.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from bench.learning.grids.task import Task
 from bench.learning.grids.training import Learner
 from bench.learning.grids.walker import Walker
 from bench.learning.jobs import write
-from bench.machine import RESULTS
 
-FILE = RESULTS / "learning_cost.json"
+FILE = store.FOLDER / "cost.json"
 WARM_UP = 5
 
 

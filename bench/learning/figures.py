@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ COLOURS = (
 POINTS = 120
 
 
-def draw_curves(section: Section, tasks: dict[str, Sequence[Row]], path: Path) -> None:
+def draw_curves(section: Section, tasks: Mapping[str, Sequence[Row]], path: Path) -> None:
     """Draw IQM scores with 95 % stratified-bootstrap bands, by steps above and by seconds below.
 
     Args:
@@ -69,7 +69,7 @@ def _curve(axis: Any, row: Row, what: str, colour: str) -> Any:
     return line
 
 
-def draw_comparison(section: Section, tasks: dict[str, Sequence[Row]], path: Path) -> None:
+def draw_comparison(section: Section, tasks: Mapping[str, Sequence[Row]], path: Path) -> None:
     """Draw each row against its reference: sample efficiency and probability of improvement.
 
     Args:

@@ -9,13 +9,14 @@ runs, so that resampling the runs of a row is the stratified bootstrap of that t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 NUM_RESAMPLES = 2000
 Array = NDArray[np.float64]
+Values = Sequence[float] | Array
 
 
 class Interval(NamedTuple):
@@ -26,7 +27,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def iqm(values: ArrayLike, axis: int = 0) -> Array:
+def iqm(values: Sequence[Any] | Array, axis: int = 0) -> Array:
     """Return the interquartile mean: the mean without the lowest and the highest fourth.
 
     A fourth is rounded down to whole runs, as rliable does.
@@ -43,31 +44,31 @@ def resamples(count: int, name: str, number: int = NUM_RESAMPLES) -> NDArray[np.
     return np.random.default_rng(seed).integers(count, size=(number, count))
 
 
-def interval(values: ArrayLike, name: str, measure: Callable[..., Array] = iqm) -> Interval:
+def interval(values: Values, name: str, measure: Callable[..., Array] = iqm) -> Interval:
     """Return a measure of one number a run, such as its IQM."""
     values = np.asarray(values, dtype=float)
     drawn = measure(values[resamples(len(values), name)], axis=1)
     return Interval(float(measure(values, axis=0)), *_percentiles(drawn))
 
 
-def difference(one: ArrayLike, other: ArrayLike, name: str) -> Interval:
+def difference(one: Values, other: Values, name: str) -> Interval:
     """Return the difference of the IQMs of two rows, ``one - other``."""
     first, second = _two(one, other, name)
     estimate = iqm(np.asarray(one, dtype=float)) - iqm(np.asarray(other, dtype=float))
     return Interval(float(estimate), *_percentiles(iqm(first, axis=1) - iqm(second, axis=1)))
 
 
-def ratio(one: ArrayLike, other: ArrayLike, name: str) -> Interval:
+def ratio(one: Values, other: Values, name: str) -> Interval:
     """Return the ratio of the means of two rows, ``one / other``.
 
     Means, not IQMs: a budget that was spent without solving is to count.
     """
     first, second = _two(one, other, name)
-    estimate = np.mean(one) / np.mean(other)
+    estimate = np.asarray(one).mean() / np.asarray(other).mean()
     return Interval(float(estimate), *_percentiles(first.mean(1) / second.mean(1)))
 
 
-def probability_of_improvement(one: ArrayLike, other: ArrayLike, name: str) -> Interval:
+def probability_of_improvement(one: Values, other: Values, name: str) -> Interval:
     """Return the probability that a run of one row has a larger value than one of the other.
 
     Ties count a half: the Mann-Whitney statistic over the number of pairs.
@@ -84,7 +85,7 @@ def _larger(one: Array, other: Array) -> float:
     return float((below + 0.5 * equal).mean() / len(other))
 
 
-def _two(one: ArrayLike, other: ArrayLike, name: str) -> tuple[Array, Array]:
+def _two(one: Values, other: Values, name: str) -> tuple[Array, Array]:
     first, second = np.asarray(one, dtype=float), np.asarray(other, dtype=float)
     return (
         first[resamples(len(first), name + " one")],
@@ -98,7 +99,7 @@ def _percentiles(values: Array) -> tuple[float, float]:
 
 
 def curve(
-    places: Sequence[ArrayLike], scores: Sequence[ArrayLike], grid: ArrayLike, name: str
+    places: Sequence[Values], scores: Sequence[Values], grid: Values, name: str
 ) -> tuple[Array, Array, Array]:
     """Return the IQM over runs at each point of a grid, and its 95 % band.
 
@@ -116,19 +117,19 @@ def curve(
     return iqm(held), low, high
 
 
-def hold(places: ArrayLike, scores: ArrayLike, grid: ArrayLike) -> Array:
+def hold(places: Values, scores: Values, grid: Values) -> Array:
     """Return the last score at or before each point of a grid, and the first one before that."""
     index = np.searchsorted(np.asarray(places, dtype=float), grid, "right") - 1
     return np.asarray(scores, dtype=float)[index.clip(0)]
 
 
-def area(steps: ArrayLike, scores: ArrayLike, budget: int) -> float:
+def area(steps: Values, scores: Values, budget: int) -> float:
     """Return the mean score over the budget, each held until the next one."""
     steps = np.minimum(np.append(np.asarray(steps, dtype=float), budget), budget)
     return float((np.diff(steps) * np.asarray(scores, dtype=float)).sum() / (budget - steps[0]))
 
 
-def exponent(sizes: ArrayLike, costs: Sequence[ArrayLike], name: str) -> Interval:
+def exponent(sizes: Values, costs: Sequence[Values], name: str) -> Interval:
     """Fit ``cost ~ size ** k`` to the mean cost of each size, and return k.
 
     Args:
@@ -146,5 +147,5 @@ def exponent(sizes: ArrayLike, costs: Sequence[ArrayLike], name: str) -> Interva
     for size, runs in zip(np.atleast_1d(sizes), costs, strict=True):
         values = np.asarray(runs, dtype=float)
         drawn.append(values[resamples(len(values), f"{name} {size}")].mean(1))
-    estimate = slope(np.array([np.mean(runs) for runs in costs]))
+    estimate = slope(np.array([np.asarray(runs).mean() for runs in costs]))
     return Interval(float(estimate), *_percentiles(slope(np.stack(drawn, -1))))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.learning import store
+from bench.learning import cost, store
 from bench.learning.entry import Entry
 from bench.learning.figures import draw_comparison, draw_curves
 from bench.learning.suite import Section
@@ -55,20 +56,19 @@ def report(
     Returns:
         The files written.
     """
-    rows = collect(entries, folder)
+    rows, shown = collect(entries, folder), set()
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     written, lines = [to / "RESULTS.md"], [HEAD]
     for section in sections:
         tasks = {task: rows[task] for task in section.tasks if task in rows}
         if not tasks:
             continue
-        lines += [f"## {section.title}", ""]
-        reading = READINGS / f"{section.name}.md"
-        if reading.exists():
-            lines += [reading.read_text().strip(), ""]
+        lines += [f"## {section.title}", "", *_reading(section.name)]
         for task, some in tasks.items():
-            lines += [f"### {task}", "", f"Budget: {_budgets(some)}.", ""]
-            lines += [table(some, section), "", made_by(some), ""]
+            if task not in shown:
+                lines += [f"### {task}", "", f"Budget: {_budgets(some)}.", ""]
+                lines += [table(some, section), "", made_by(some), ""]
+            shown.add(task)
         if section.sizes:
             by_size = {
                 size: tasks[task]
@@ -83,9 +83,19 @@ def report(
                 written.append(path)
                 link = path.relative_to(to) if path.is_relative_to(to) else path
                 lines += [f"![{section.title}: {name}]({link})", ""]
+    costs = folder / cost.FILE.name
+    if costs.exists():
+        measured = cost.table(json.loads(costs.read_text()))
+        lines += ["## Time of a training step", "", *_reading("cost"), measured, ""]
     lines += _missing(entries, rows)
     written[0].write_text("\n".join(lines).rstrip() + "\n")
     return written
+
+
+def _reading(name: str) -> list[str]:
+    """Return the hand-written paragraphs of a section."""
+    file = READINGS / f"{name}.md"
+    return [file.read_text().strip(), ""] if file.exists() else []
 
 
 def _budgets(rows: Sequence[Row]) -> str:

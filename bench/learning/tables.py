@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +141,7 @@ def show(found: Interval, form: str) -> str:
     return f"{estimate} [{low}, {high}]"
 
 
-def exponents(rows: dict[int, Sequence[Row]]) -> str:
+def exponents(rows: Mapping[int, Sequence[Row]]) -> str:
     """Return how the cost of each row grows with the size, over sizes that 80 % of seeds solve.
 
     Args:

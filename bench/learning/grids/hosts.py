@@ -157,7 +157,8 @@ class ActorCritic:
 
     def _set_advantage(self, batch: TensorDict, data: Rollout) -> None:
         """Write GAE, with the critic called once for all cells."""
-        value, after = self.value(), batch["next"]
+        value = self.value()
+        after: Any = batch["next"]
         before = value[torch.from_numpy(data.cell)].unsqueeze(-1)
         advantage, target = generalized_advantage_estimate(
             self.settings.gamma,
