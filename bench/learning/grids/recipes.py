@@ -58,15 +58,12 @@ TUNED: dict[str, dict[str, Recipe]] = {
             replace(GOALS, epsilon_steps=5_000), hindsight=HindsightSettings()
         ),
     },
+    # Traces to the frontier explore, so that less of it has to be left to chance.
     "dqn_found": {
-        "updates_8": Recipe(DQN, traces=TracesSettings()),
-        "updates_4": Recipe(DQN, traces=TracesSettings(updates=4, model_updates=4)),
-        "updates_4_margin_0.03": Recipe(
-            replace(DQN, margin=0.03), traces=TracesSettings(updates=4, model_updates=4)
-        ),
-        "updates_4_exploration_5000": Recipe(
-            replace(DQN, epsilon_steps=5_000), traces=TracesSettings(updates=4, model_updates=4)
-        ),
+        f"updates_4_exploration_{steps}": Recipe(
+            replace(DQN, epsilon_steps=steps), traces=TracesSettings(updates=4, model_updates=4)
+        )
+        for steps in (20_000, 5_000, 1_000)
     },
 }
 
