@@ -12,7 +12,7 @@ from bench.learning.grids.real import (
     HindsightSettings,
     SelfImitationSettings,
 )
-from bench.learning.grids.traces import TracesSettings
+from bench.learning.grids.traces import FocusedSettings, TracesSettings
 from bench.learning.grids.training import Recipe
 
 A2C = ActorCriticSettings()
@@ -86,6 +86,19 @@ TUNED_15: dict[str, dict[str, Recipe]] = {
             A2C,
             traces=TracesSettings(updates=4, num_traces=32, model_updates=4, model_batch=512),
         ),
+    },
+}
+
+# A share of all transitions grows with them, and no longer is the frontier: seen on 19 x 19, where
+# one run of the frozen settings was never solved.
+TUNED_19: dict[str, dict[str, Recipe]] = {
+    "a2c_found": {
+        "share_0.02": Recipe(A2C, traces=TracesSettings()),
+        "share_0.005": Recipe(A2C, traces=TracesSettings(frontier=0.005)),
+        **{
+            f"rows_{rows}": Recipe(A2C, traces=FocusedSettings(frontier_rows=rows))
+            for rows in (16, 64)
+        },
     },
 }
 

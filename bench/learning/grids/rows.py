@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from bench.learning.entry import Entry
-from bench.learning.grids.recipes import LABELS, ROWS, TUNED, TUNED_15
+from bench.learning.grids.recipes import LABELS, ROWS, TUNED, TUNED_15, TUNED_19
 from bench.learning.grids.task import Task
 from bench.learning.grids.training import Recipe, train
 from bench.learning.suite import Section
@@ -13,7 +13,11 @@ from bench.learning.suite import Section
 SEEDS = tuple(range(1000, 1020))
 FEWER_SEEDS = SEEDS[:10]
 TUNING_SEEDS = tuple(range(2000, 2005))
-TUNING = {11: (TUNED, 40_000), 15: (TUNED_15, 100_000)}  # by size, with their budgets
+TUNING = {
+    11: (TUNED, 40_000),
+    15: (TUNED_15, 100_000),
+    19: (TUNED_19, 30_000),
+}  # by size, with their budgets
 BUDGET = 200_000
 # The budgets of other rows; a gradient step for each 16 steps of the maze takes its time.
 BUDGETS = {"dqn": 100_000}
