@@ -102,6 +102,8 @@ TUNED_19: dict[str, dict[str, Recipe]] = {
     },
 }
 
+ROWS_OF_FRONTIER = 64
+
 ROWS: dict[str, Recipe] = {
     "a2c/plain": Recipe(A2C),
     "a2c/sil": Recipe(A2C, sil=SelfImitationSettings(updates=32)),
@@ -111,6 +113,7 @@ ROWS: dict[str, Recipe] = {
     "a2c/past": Recipe(A2C, traces=TracesSettings(past=True)),
     "a2c/paper": Recipe(A2C, traces=TracesSettings(start="value", data="best", last_visit=False)),
     "a2c/traces": Recipe(A2C, traces=TracesSettings()),
+    "a2c/focused": Recipe(A2C, traces=FocusedSettings(frontier_rows=ROWS_OF_FRONTIER)),
     "a2c/known": Recipe(A2C, traces=TracesSettings(start="known")),
     "ppo/plain": Recipe(PPO),
     "ppo/past": Recipe(PPO, traces=TracesSettings(past=True)),
@@ -132,7 +135,8 @@ LABELS = {
     "a2c/bonus_sil": "A2C + count bonus + SIL, tuned",
     "a2c/past": "A2C + real past of the same states (no model)",
     "a2c/paper": "A2C + recall traces, the paper's plain form",
-    "a2c/traces": "A2C + recall traces",
+    "a2c/traces": "A2C + recall traces, as the main job",
+    "a2c/focused": "A2C + recall traces, frontier of fixed size",
     "a2c/known": "A2C + recall traces, goal known",
     "ppo/plain": "PPO",
     "ppo/past": "PPO + real past of the same states (no model)",
