@@ -9,8 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
-from importlib import import_module
 
 import pytest
 import torch
@@ -102,13 +100,11 @@ class TestCompiled:
         model = BacktrackModel(3, ACTIONS[kind], num_cells=(8,), **options)
         check_compiled(model.log_prob, real_data(ACTIONS[kind], BATCH))
 
+    @pytest.mark.filterwarnings("ignore:The distutils package:DeprecationWarning")
     @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
     def test_by_inductor(self, monkeypatch):
         """The paper's plain form, imitation and model in one, as it would be trained."""
         monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no pool of processes
-        with warnings.catch_warnings():  # setuptools', of what other tests imported before it
-            warnings.simplefilter("ignore")
-            import_module("torch.utils.cpp_extension")
         loss, data = make_losses()["both"]
         twin = copy.deepcopy(loss)
         torch._dynamo.reset()
