@@ -91,13 +91,16 @@ def check_flag(name: str, value: Any) -> bool:
 
 def check_key(name: str, key: Any) -> NestedKey:
     """Return a key in its short form, or refuse it by name."""
-    try:
-        found = unravel_key(key)
-    except (RuntimeError, TypeError):
-        found = None
-    if not found:  # nor the empty tuple
+    # `unravel_key` passes over parts that are no strings.
+    if not _is_key(key):
         raise TypeError(f"{name} must be a key, a string or a tuple of strings, got {key!r}.")
-    return found
+    return unravel_key(key)
+
+
+def _is_key(key: Any) -> bool:
+    return isinstance(key, str) or (
+        isinstance(key, tuple) and len(key) > 0 and all(_is_key(part) for part in key)
+    )
 
 
 def check_keys(name: str, keys: Any) -> list[NestedKey]:

@@ -217,6 +217,8 @@ class RecallTraceLoss(LossModule):
             raise ValueError(f"the trace is empty: batch size {tuple(trace.shape)}.")
         kept = kept_rows(self, trace)
         loss = self._step_loss(trace, kept)
+        if loss.numel() == 0:
+            raise ValueError("the trace is empty: its entries have no steps.")
         if trace.ndim == 0:
             # Keyword tensors come without a batch size.
             kept = kept.expand_as(loss)
