@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.checks import check_coefficient, check_flag
+from torchrl_recall.generators import RandomSource
 from torchrl_recall.masking import (
     Reduction,
     blank_rows,
@@ -30,7 +31,6 @@ from torchrl_recall.model import BacktrackModel
 from torchrl_recall.model.heads import SupportDelta
 from torchrl_recall.model.joint_action import as_keys, samples_entropy
 from torchrl_recall.model.observation import sorted_keys
-from torchrl_recall.random_source import RandomSource
 
 
 class BacktrackLoss(LossModule):

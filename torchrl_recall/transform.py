@@ -19,16 +19,20 @@ from torchrl.envs.transforms import Transform
 from torchrl_recall.checks import (
     check_at_least_one,
     check_choice,
-    check_device,
     check_flag,
     check_key,
     check_keys,
     check_real,
 )
+from torchrl_recall.generators import (
+    carry_generator,
+    follow_device,
+    own_generator,
+    unpack_generator,
+)
 from torchrl_recall.masking import blank_rows, one_each
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.model.observation import sorted_keys
-from torchrl_recall.portable_generator import carry_generator, unpack_generator
 from torchrl_recall.starts import StartStates
 from torchrl_recall.trace_masks import TraceMask
 from torchrl_recall.traces import sample_traces
@@ -167,14 +171,7 @@ class BacktrackTransform(Transform):
         if min_value is not None:
             min_value = check_real("min_value", min_value)
         self.min_value = min_value
-        if generator is None:
-            seed = int(torch.empty((), dtype=torch.int64).random_())
-            generator = torch.Generator().manual_seed(seed)
-        elif not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
-        else:
-            check_device("generator", generator.device, model.device)
-        self.generator = generator
+        self.generator = own_generator(generator, model.device)
 
     @property
     def num_steps(self) -> int:
@@ -281,10 +278,7 @@ class BacktrackTransform(Transform):
         return one_each(tensordict, value, f"value_key {self.value_key!r}")
 
     def _generator(self) -> torch.Generator:
-        device = self.model.device
-        if self.generator.device.type != device.type:
-            # The model has moved: go on with a stream of the same seed over there.
-            self.generator = torch.Generator(device).manual_seed(self.generator.initial_seed())
+        self.generator = follow_device(self.generator, self.model.device)
         return self.generator
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
@@ -328,11 +322,6 @@ def _checked_mask(kept: Tensor, mask: TraceMask, expected: Tensor) -> Tensor:
             f"expected bool of {tuple(expected.shape)}."
         )
     return kept
-
-
-def _as_list(keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
-    """Return keys as a list; one string is one key, as in TorchRL."""
-    return [keys] if isinstance(keys, str) else list(keys)
 
 
 def _refuse_async_collector() -> None:
