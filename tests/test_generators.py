@@ -95,6 +95,6 @@ def test_own_and_following():
     assert own_generator(None, "meta").device.type == "cpu"
     assert follow_device(one, torch.device("cpu")) is one
     with pytest.raises(TypeError, match=r"generator must be a torch\.Generator, got int"):
-        own_generator(3)
+        own_generator(3)  # pyright: ignore
     with pytest.raises(ValueError, match="generator is on device cpu, expected one on meta"):
         own_generator(one, "meta")

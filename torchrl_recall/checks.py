@@ -46,13 +46,25 @@ def check_interval(name: str, value: Any) -> tuple[float, float]:
     return low, high
 
 
-def check_real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """Return ``value`` as a float in ``[low, high]``, or refuse it by name."""
+def check_real(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """Return ``value`` as a float in ``[low, high]``, open ends apart, or refuse it by name."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
     number = as_float(value)
-    if not low <= number <= high:
-        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}.")
+    inside = (low < number if open_low else low <= number) and (
+        number < high if open_high else number <= high
+    )
+    if not inside:
+        ends = "(" if open_low else "[", ")" if open_high else "]"
+        raise ValueError(f"{name} must lie in {ends[0]}{low}, {high}{ends[1]}, got {value}.")
     return number
 
 

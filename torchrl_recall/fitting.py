@@ -15,7 +15,7 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer, Storage
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
-from torchrl_recall.checks import check_at_least_one, check_real
+from torchrl_recall.checks import check_at_least_one, check_choice, check_real
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.support.state_reading import stored_data
 from torchrl_recall.transitions import (
@@ -105,10 +105,10 @@ def fit(
         num_steps (int, optional): gradient steps; give this or ``num_epochs``.
         num_epochs (int, optional): passes over the training rows.
         batch_size (int): rows of a step.
-        learning_rate (float): of Adam.
+        learning_rate (float): of Adam, at least 0 and finite.
         schedule (str): ``"constant"``, or ``"cosine"``: the learning rate falls to zero.
         weight_decay (float): of AdamW; 0 is Adam.
-        max_grad_norm (float, optional): clip the norm of the gradient.
+        max_grad_norm (float, optional): clip the norm of the gradient; above 0.
         held_out (float): share of rows to hold out, 0 to below 1; whole trajectories if
             ``trajectory_key`` is there and names at least two.
         evaluate_every (int, optional): steps between evaluations; by default an epoch, or a
@@ -157,17 +157,16 @@ def fit(
         raise ValueError("loss must be a BacktrackLoss of this very model with reduction='mean'.")
     mask_nonfinite = bool(mask_nonfinite) or loss.mask_nonfinite
     batch_size = check_at_least_one("batch_size", batch_size)
-    learning_rate = check_real("learning_rate", learning_rate, 0.0)
-    share = check_real("held_out", held_out, 0.0, 1.0)
-    if schedule not in ("constant", "cosine"):
-        raise ValueError(f"schedule must be 'constant' or 'cosine', got {schedule!r}.")
+    learning_rate = check_real("learning_rate", learning_rate, 0.0, open_high=True)
+    share = check_real("held_out", held_out, 0.0, 1.0, open_high=True)
+    check_choice("schedule", schedule, Schedule)
     if (num_steps is None) == (num_epochs is None):
         raise ValueError("give one of num_steps and num_epochs.")
     for name, value in (("evaluate_every", evaluate_every), ("patience", patience)):
         if value is not None:
             check_at_least_one(name, value)
     if max_grad_norm is not None:
-        max_grad_norm = check_real("max_grad_norm", max_grad_norm, 0.0)
+        max_grad_norm = check_real("max_grad_norm", max_grad_norm, 0.0, open_low=True)
     if patience is not None and share == 0:
         raise ValueError("patience needs held_out rows, got held_out=0.")
     data = select_rows(loss, stored_data(buffer, "buffer"), trajectory_key)

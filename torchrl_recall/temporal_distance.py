@@ -19,6 +19,7 @@ from torchrl.objectives.common import LossModule
 
 from torchrl_recall.checks import check_at_least_one, check_real
 from torchrl_recall.masking import Reduction, check_reduction, kept_rows, one_each, reduce_kept
+from torchrl_recall.model.networks import choose_dtype
 from torchrl_recall.model.observation import ObservationCodec, as_mapping
 
 
@@ -35,7 +36,8 @@ class TemporalDistance(nn.Module):
         num_cells (sequence of int): width of each hidden layer.
         activation_class (type): activation between layers.
         observation_keys (sequence of NestedKey, optional): as for `BacktrackModel`.
-        dtype (torch.dtype): dtype of the parameters.
+        dtype (torch.dtype, optional): dtype of the parameters. Defaults to the continuous
+            observation's, else torch's default.
         device (torch.device, optional): device of the parameters.
 
     Raises:
@@ -57,12 +59,13 @@ class TemporalDistance(nn.Module):
         num_cells: Sequence[int] = (256, 256),
         activation_class: type[nn.Module] = nn.ReLU,
         observation_keys: Sequence[NestedKey] | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         widths = [check_at_least_one("num_cells", width) for width in num_cells]
         observations = as_mapping(observation, observation_keys)
+        dtype = choose_dtype(observations, dtype)
         self.observation = ObservationCodec(observations, dtype=dtype, device=device)
         self.network = MLP(
             in_features=2 * self.observation.feature_size,
@@ -156,9 +159,7 @@ class TemporalDistanceLoss(LossModule):
             raise TypeError(f"distance must be a TemporalDistance, got {type(distance).__name__}.")
         super().__init__()
         self.distance = distance
-        self.expectile = check_real("expectile", expectile, 0.0, 1.0)
-        if self.expectile in (0.0, 1.0):
-            raise ValueError(f"expectile must lie in (0, 1), got {expectile}.")
+        self.expectile = check_real("expectile", expectile, 0.0, 1.0, open_low=True, open_high=True)
         self.reduction = check_reduction(reduction)
         # ``set_keys(name=None)`` goes back to these.
         self.default_keys = partial(self._AcceptedKeys, observation=list(distance.observation.keys))

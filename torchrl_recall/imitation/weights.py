@@ -15,7 +15,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_finite, check_flag, check_real
+from torchrl_recall.checks import check_choice, check_finite, check_flag, check_real
 from torchrl_recall.masking import fill_rows, filled_entries, one_each
 from torchrl_recall.model.observation import sorted_keys
 
@@ -191,9 +191,7 @@ class AdvantageWeight(PositivePart):
         self.critic = check_network("critic", critic)
         self.gamma = check_real("gamma", gamma, 0.0, 1.0)
         self.gate = check_flag("gate", gate)
-        if value_of not in ("state", "transition"):
-            raise ValueError(f"value_of must be 'state' or 'transition', got {value_of!r}.")
-        self.value_of = value_of
+        self.value_of = check_choice("value_of", value_of, ("state", "transition"))
 
     def in_keys(self, keys: ImitationKeys) -> list[NestedKey]:
         """List what is read of the batch."""
