@@ -15,7 +15,7 @@ from tensordict.nn import dispatch
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
-from torchrl_recall.checks import check_coefficient, check_flag
+from torchrl_recall.checks import as_keys, check_coefficient, check_flag
 from torchrl_recall.generators import RandomSource
 from torchrl_recall.masking import (
     Reduction,
@@ -29,7 +29,7 @@ from torchrl_recall.masking import (
 )
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.model.heads import SupportDelta
-from torchrl_recall.model.joint_action import as_keys, samples_entropy
+from torchrl_recall.model.joint_action import samples_entropy
 from torchrl_recall.model.observation import sorted_keys
 
 
@@ -170,8 +170,7 @@ class BacktrackLoss(LossModule):
 
     @property
     def _observation_keys(self) -> list[NestedKey]:
-        keys = self.tensor_keys.observation
-        return list(keys) if isinstance(keys, list) else [keys]
+        return as_keys(self.tensor_keys.observation)
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -116,12 +116,38 @@ def _is_key(key: Any) -> bool:
 
 
 def check_keys(name: str, keys: Any) -> list[NestedKey]:
-    """Return a sequence of keys as a list, or refuse it by name; one string is one key."""
-    if isinstance(keys, str):
-        return [keys]
+    """Return keys as a list, in their short form, or refuse them by name.
+
+    As everywhere in TorchRL a string or a tuple of strings is *one* (nested) key; a list is
+    several.
+
+    Args:
+        name (str): name of the argument, for refusals.
+        keys (NestedKey or list of NestedKey): the keys.
+
+    Returns:
+        list of NestedKey: at least one.
+
+    Raises:
+        TypeError: no keys.
+        ValueError: an empty list.
+
+    Examples:
+        >>> check_keys("in_keys", ("agent", "position")), check_keys("in_keys", ["x", "y"])
+        ([('agent', 'position')], ['x', 'y'])
+    """
+    if isinstance(keys, str | tuple):
+        return [check_key(name, keys)]
     if not isinstance(keys, Sequence) or isinstance(keys, bytes):
-        raise TypeError(f"{name} must be a sequence of keys, got {type(keys).__name__}.")
+        raise TypeError(f"{name} must be a key or a list of keys, got {type(keys).__name__}.")
+    if not keys:
+        raise ValueError(f"{name} must name at least one key, got none.")
     return [check_key(name, key) for key in keys]
+
+
+def as_keys(keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
+    """Return keys as a list as `check_keys` does, those that were checked before."""
+    return [keys] if isinstance(keys, str | tuple) else list(keys)
 
 
 def check_tensor(name: str, value: Any) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torchrl.data.tensor_specs import TensorSpec
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
-from torchrl_recall.checks import check_coefficient, check_finite, check_flag, check_real
+from torchrl_recall.checks import as_keys, check_coefficient, check_finite, check_flag, check_real
 from torchrl_recall.imitation.distance import (
     OF_VALUES,
     Distance,
@@ -37,7 +37,6 @@ from torchrl_recall.masking import (
     reduce_kept,
 )
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.model.joint_action import as_keys
 from torchrl_recall.model.observation import sorted_keys
 
 

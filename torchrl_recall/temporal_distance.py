@@ -17,7 +17,7 @@ from torchrl.data.tensor_specs import TensorSpec
 from torchrl.modules import MLP
 from torchrl.objectives.common import LossModule
 
-from torchrl_recall.checks import check_at_least_one, check_real
+from torchrl_recall.checks import as_keys, check_at_least_one, check_real
 from torchrl_recall.masking import Reduction, check_reduction, kept_rows, one_each, reduce_kept
 from torchrl_recall.model.networks import choose_dtype
 from torchrl_recall.model.observation import ObservationCodec, as_mapping
@@ -35,7 +35,7 @@ class TemporalDistance(nn.Module):
     Keyword Args:
         num_cells (sequence of int): width of each hidden layer.
         activation_class (type): activation between layers.
-        observation_keys (sequence of NestedKey, optional): as for `BacktrackModel`.
+        observation_keys (NestedKey or list of NestedKey, optional): as for `BacktrackModel`.
         dtype (torch.dtype, optional): dtype of the parameters. Defaults to the continuous
             observation's, else torch's default.
         device (torch.device, optional): device of the parameters.
@@ -58,7 +58,7 @@ class TemporalDistance(nn.Module):
         *,
         num_cells: Sequence[int] = (256, 256),
         activation_class: type[nn.Module] = nn.ReLU,
-        observation_keys: Sequence[NestedKey] | None = None,
+        observation_keys: NestedKey | Sequence[NestedKey] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -177,8 +177,7 @@ class TemporalDistanceLoss(LossModule):
 
     @property
     def _observation_keys(self) -> list[NestedKey]:
-        keys = self.tensor_keys.observation
-        return list(keys) if isinstance(keys, list) else [keys]
+        return as_keys(self.tensor_keys.observation)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Compute the loss of a batch ``[*B, L]``, time last."""

@@ -63,9 +63,10 @@ class BacktrackTransform(Transform):
     Keyword Args:
         num_steps (int): length ``T`` of the traces; set it at any time, see `TraceLengthScheduler`.
         num_traces (int, optional): number ``N`` of traces for each transition.
-        in_keys (sequence of NestedKey, optional): where to read the states that traces end in, one
-            key for each of the model's observation keys. Defaults to ``("next", observation)``.
-        out_keys (sequence of NestedKey): where to write the traces.
+        in_keys (NestedKey or list of NestedKey, optional): where to read the states that traces end
+            in, one key for each of the model's observation keys. Defaults to ``("next",
+            observation)``.
+        out_keys (NestedKey or list of NestedKey): where to write the traces.
         last_visit (bool): keep a step only if its state is not visited again later in the trace
             (for discrete states and lattices).
         start (StartStates, optional): where traces start, instead of the sampled transitions' next
@@ -117,8 +118,8 @@ class BacktrackTransform(Transform):
         *,
         num_steps: int,
         num_traces: int | None = None,
-        in_keys: Sequence[NestedKey] | None = None,
-        out_keys: Sequence[NestedKey] | None = None,
+        in_keys: NestedKey | Sequence[NestedKey] | None = None,
+        out_keys: NestedKey | Sequence[NestedKey] | None = None,
         start: StartStates | None = None,
         last_visit: bool = True,
         masks: Sequence[TraceMask] = (),
@@ -141,7 +142,10 @@ class BacktrackTransform(Transform):
             if not callable(start):
                 raise TypeError(f"start must be a StartStates, got {type(start).__name__}.")
             in_keys = []
-        in_keys = model.next_observation_keys if in_keys is None else check_keys("in_keys", in_keys)
+        elif in_keys is None:
+            in_keys = model.next_observation_keys
+        else:
+            in_keys = check_keys("in_keys", in_keys)
         out_keys = ["trace"] if out_keys is None else check_keys("out_keys", out_keys)
         if start is None and len(in_keys) != len(model.observation_keys):
             raise ValueError(

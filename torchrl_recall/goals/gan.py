@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchrl.data.tensor_specs import Bounded
 from torchrl.modules import MLP
 
-from torchrl_recall.checks import check_at_least_one, check_choice, check_real
+from torchrl_recall.checks import check_at_least_one, check_choice, check_keys, check_real
 from torchrl_recall.generators import (
     carry_generator,
     follow_device,
@@ -26,7 +26,6 @@ from torchrl_recall.generators import (
 )
 from torchrl_recall.goals.lsgan import discriminator_loss, generator_loss
 from torchrl_recall.goals.space import GoalMemory, GoalSpace
-from torchrl_recall.starts.batch import key_list
 
 GoalToState = Callable[[Tensor], Any]
 
@@ -68,7 +67,7 @@ class GoalGAN(nn.Module):
         goal_to_state (callable, optional): turns goals ``[n, D]`` into observations, as a tensor
             ``[n, *observation]`` (one observation key), a mapping or a TensorDict. By default a
             goal is an observation.
-        observation_keys (NestedKey or sequence of NestedKey): the model's observation keys.
+        observation_keys (NestedKey or list of NestedKey): the model's observation keys.
         generator (torch.Generator, optional): source of randomness of `sample` and `update`, on
             the module's device. By default an own one, seeded from torch's. Saved in
             ``state_dict()``, as are the optimizers' states. Initial parameters are torch's.
@@ -137,7 +136,7 @@ class GoalGAN(nn.Module):
         if goal_to_state is not None and not callable(goal_to_state):
             raise TypeError(f"goal_to_state must be callable, got {type(goal_to_state).__name__}.")
         self.goal_to_state = goal_to_state
-        self.observation_keys = key_list("observation_keys", observation_keys)
+        self.observation_keys = check_keys("observation_keys", observation_keys)
 
         size, factory = self.space.size, self.space.factory
         shape: dict[str, Any] = {"num_cells": num_cells, "activation_class": nn.ReLU}

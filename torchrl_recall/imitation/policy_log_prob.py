@@ -13,7 +13,7 @@ from tensordict.nn import CompositeDistribution
 from torch import Tensor
 from torch.distributions import Categorical
 
-from torchrl_recall.model.joint_action import as_keys
+from torchrl_recall.checks import as_keys
 from torchrl_recall.model.observation import sorted_keys
 
 

@@ -27,10 +27,10 @@ from torchrl_recall.masking import fill_rows, filled_entries
 class QValueWeight(PositivePart):
     """Weight ``max(Q(s_t, a_t) - V(s_t), 0)``: imitate actions that are better than the policy's.
 
-    V is ``Q(s, π(s))`` with the actor's deterministic action (in a loss, as its
-    ``deterministic_sampling_mode`` asks for it; called directly, as a ``set_exploration_type`` around
-    it does), for a Q-network of discrete actions ``Σ_a π(a|s) Q(s, a)``,
-    or a critic's value. The networks are shared, not owned, as in `AdvantageWeight`.
+    V is ``Q(s, π(s))`` with the actor's deterministic action (a loss's
+    ``deterministic_sampling_mode`` or, called directly, ``set_exploration_type`` can ask for
+    another one), for a Q-network of discrete actions ``Σ_a π(a|s) Q(s, a)``, or a critic's value.
+    The networks are shared, not owned, as in `AdvantageWeight`.
 
     Args:
         qvalue_network (TensorDictModuleBase or LossModule): reads state and action and writes

@@ -17,6 +17,7 @@ from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import EnvBase
 
 from torchrl_recall.checks import (
+    as_keys,
     check_at_least_one,
     check_choice,
     check_interval,
@@ -27,7 +28,7 @@ from torchrl_recall.checks import (
 from torchrl_recall.model.delta_head import build_delta_head
 from torchrl_recall.model.ensemble import Ensemble, mixed_terms
 from torchrl_recall.model.environment_specs import model_arguments
-from torchrl_recall.model.joint_action import as_keys, build_action
+from torchrl_recall.model.joint_action import build_action
 from torchrl_recall.model.networks import add_networks, choose_dtype, start_heads
 from torchrl_recall.model.observation import ObservationCodec, as_mapping
 
@@ -60,8 +61,9 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
             for grids and other lattices. Makes Δ categorical over them.
         stop (bool): whether to learn where episodes begin. Needs ``is_init`` in the training data
             (TorchRL's ``InitTracker``).
-        observation_keys (sequence of NestedKey, optional): order of the keys of a mapping, or the
-            name of the single key. Defaults to ``["observation"]`` or the mapping's own keys.
+        observation_keys (NestedKey or list of NestedKey, optional): order of the keys of a mapping,
+            or the name of the single key. Defaults to ``["observation"]`` or the mapping's own
+            keys.
         action_key (NestedKey): name of the action; a mapping's are its own keys.
         is_init_key (NestedKey): name of the mark of an episode's first step.
         action_log_scale_range (pair of float): bounds of the log of the action's scale.
@@ -113,7 +115,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
         activation_class: type[nn.Module] = nn.ReLU,
         delta_support: Tensor | None = None,
         stop: bool = False,
-        observation_keys: Sequence[NestedKey] | None = None,
+        observation_keys: NestedKey | Sequence[NestedKey] | None = None,
         action_key: NestedKey = "action",
         is_init_key: NestedKey = "is_init",
         action_log_scale_range: tuple[float, float] = (-5.0, 2.0),
@@ -164,7 +166,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
         env: EnvBase,
         *,
         num_cells: Sequence[int] = (256, 256),
-        observation_keys: Sequence[NestedKey] | None = None,
+        observation_keys: NestedKey | Sequence[NestedKey] | None = None,
         delta_support: Tensor | None = None,
         stop: bool | None = None,
         is_init_key: NestedKey = "is_init",
@@ -178,8 +180,8 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
 
         Keyword Args:
             num_cells (sequence of int): width of each hidden layer.
-            observation_keys (sequence of NestedKey, optional): which observations make up the
-                state. Defaults to ``"observation"``, or the only one there is.
+            observation_keys (NestedKey or list of NestedKey, optional): which observations make up
+                the state. Defaults to ``"observation"``, or the only one there is.
             delta_support (Tensor, optional): ``[M, D]`` displacements; defaults to the
                 environment's own ``delta_support``, if it has one.
             stop (bool, optional): learn where episodes begin. Defaults to whether the environment
@@ -338,7 +340,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
         self,
         data: TensorDictBase,
         *,
-        observation_keys: Sequence[NestedKey] | None = None,
+        observation_keys: NestedKey | Sequence[NestedKey] | None = None,
         action_key: NestedKey | list[NestedKey] | None = None,
         require_finite: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -346,7 +348,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
 
         Args:
             data (TensorDictBase): transitions of any batch shape ``*B``.
-            observation_keys (sequence of NestedKey, optional): instead of the model's own.
+            observation_keys (NestedKey or list of NestedKey, optional): instead of the model's own.
             action_key (NestedKey, optional): instead of the model's own.
             require_finite (bool): refuse non-finite values.
 
@@ -357,7 +359,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
             raise TypeError(f"data must be a TensorDict, got {type(data).__name__}.")
         if data.shape.numel() == 0:  # TensorDict.numel() is never 0
             raise ValueError(f"data is empty: batch size {tuple(data.shape)}, expected rows.")
-        keys = self.observation_keys if observation_keys is None else list(observation_keys)
+        keys = self.observation_keys if observation_keys is None else as_keys(observation_keys)
         next_keys = [unravel_key(("next", key)) for key in keys]
         action_key = self.action_key if action_key is None else action_key
         return (

@@ -13,11 +13,10 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_at_least_one, check_real
+from torchrl_recall.checks import check_at_least_one, check_keys, check_real
 from torchrl_recall.generators import carry_generator, own_generator, unpack_generator
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.support.state_reading import (
-    as_keys,
     check_positive,
     check_size,
     read_states,
@@ -93,7 +92,7 @@ class DataSupport:
             if observation.observation.is_discrete:
                 raise ValueError("observation is discrete, expected a continuous one; CellSupport.")
             observation = observation.observation_keys
-        self.keys = as_keys("observation", observation)
+        self.keys = check_keys("observation", observation)
         self.num_references = check_at_least_one("num_references", num_references)
         self.num_neighbours = check_at_least_one("num_neighbours", num_neighbours)
         self.quantile = check_real("quantile", quantile, 0.0, 1.0)

@@ -16,29 +16,6 @@ from torchrl.data import ReplayBuffer, Storage
 from torchrl_recall.model.observation import sorted_keys
 
 
-def as_keys(name: str, keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
-    """Return keys as a list: a string or a tuple is one (nested) key, a list several.
-
-    Args:
-        name (str): name of the argument, for refusals.
-        keys (NestedKey or list of NestedKey): the keys.
-
-    Returns:
-        list of NestedKey: at least one.
-
-    Raises:
-        ValueError: an empty list.
-
-    Examples:
-        >>> as_keys("in_keys", ("agent", "position")), as_keys("in_keys", ["x", "y"])
-        ([('agent', 'position')], ['x', 'y'])
-    """
-    found = [unravel_key(key) for key in ([keys] if isinstance(keys, str | tuple) else keys)]
-    if not found:
-        raise ValueError(f"{name} must name at least one key, got none.")
-    return found
-
-
 def entry(data: TensorDictBase, key: NestedKey, name: str = "the data") -> Tensor:
     """Return an entry, or say which ones there are."""
     value = data.get(key, default=None)

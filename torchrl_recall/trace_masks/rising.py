@@ -10,9 +10,9 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_flag
+from torchrl_recall.checks import check_flag, check_keys
 from torchrl_recall.masking import one_each
-from torchrl_recall.support.state_reading import as_keys, trace_entry, trace_states
+from torchrl_recall.support.state_reading import trace_entry, trace_states
 
 
 class RisingValue:
@@ -67,7 +67,7 @@ class RisingValue:
                 "value_network."
             )
         inputs: Any = value_network.in_keys
-        self.in_keys = as_keys("in_keys", list(inputs) if in_keys is None else in_keys)
+        self.in_keys = check_keys("in_keys", list(inputs) if in_keys is None else in_keys)
         if len(self.in_keys) != len(inputs):
             raise ValueError(f"in_keys {self.in_keys} must match the network's {inputs}.")
         self.compare_end = check_flag("compare_end", compare_end)
@@ -126,7 +126,7 @@ class RisingDistance:
         if not callable(distance):
             raise TypeError(f"distance must be callable, got {type(distance).__name__}.")
         self.distance = distance
-        self.in_keys = as_keys("in_keys", in_keys)
+        self.in_keys = check_keys("in_keys", in_keys)
 
     @torch.no_grad()
     def __call__(self, trace: TensorDictBase) -> Tensor:

@@ -11,10 +11,10 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_at_least_one, check_flag, check_real
+from torchrl_recall.checks import check_at_least_one, check_flag, check_keys, check_real
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.model.disagreement import disagreement
-from torchrl_recall.support.state_reading import as_keys, entry, read_states, stored_data
+from torchrl_recall.support.state_reading import entry, read_states, stored_data
 from torchrl_recall.trace_masks.mask import Scale, StateScale, require_floating, until_bad
 
 
@@ -183,9 +183,9 @@ class ForwardAgreement:
         self.tolerance = check_real("tolerance", tolerance, 0.0)
         self.scale = StateScale(scale)
         self.relative, self.cut = check_flag("relative", relative), check_flag("cut", cut)
-        self.in_keys = as_keys("in_keys", in_keys)
+        self.in_keys = check_keys("in_keys", in_keys)
         outputs: Any = list(forward_model.out_keys) if prediction_keys is None else prediction_keys
-        self.prediction_keys = as_keys("prediction_keys", outputs)
+        self.prediction_keys = check_keys("prediction_keys", outputs)
         if len(self.prediction_keys) != len(self.in_keys):
             raise ValueError(
                 f"prediction_keys {self.prediction_keys} must match in_keys {self.in_keys} one for "

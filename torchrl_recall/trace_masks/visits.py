@@ -16,8 +16,8 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_choice, check_real
-from torchrl_recall.support.state_reading import as_keys, check_positive, to_cells, trace_states
+from torchrl_recall.checks import check_choice, check_keys, check_real
+from torchrl_recall.support.state_reading import check_positive, to_cells, trace_states
 from torchrl_recall.trace_masks.mask import Scale, StateScale, require_floating
 from torchrl_recall.traces.masks import last_visit
 
@@ -65,7 +65,7 @@ class LastVisitCells:
         self.to_cells = cell_size if callable(cell_size) else None
         self.cell_size = None if callable(cell_size) else check_positive("cell_size", cell_size)
         self.keep: Keep = check_choice("keep", keep, Keep)
-        self.in_keys = as_keys("in_keys", in_keys)
+        self.in_keys = check_keys("in_keys", in_keys)
 
     @torch.no_grad()
     def __call__(self, trace: TensorDictBase) -> Tensor:
@@ -146,7 +146,7 @@ class LastVisitRadius:
         self.radius = check_real("radius", radius, 0.0)
         self.scale = StateScale(scale)
         self.keep: Keep = check_choice("keep", keep, Keep)
-        self.in_keys = as_keys("in_keys", in_keys)
+        self.in_keys = check_keys("in_keys", in_keys)
 
     @torch.no_grad()
     def __call__(self, trace: TensorDictBase) -> Tensor:
