@@ -18,7 +18,7 @@ from torchrl.data import (
 
 from torchrl_recall import BacktrackLoss, BacktrackModel, fit
 from torchrl_recall.diagnostics import held_out_likelihood
-from torchrl_recall.fitting import split_rows
+from torchrl_recall.held_out import split_rows
 
 
 @pytest.fixture(autouse=True)

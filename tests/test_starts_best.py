@@ -216,7 +216,7 @@ class TestRefusals:
         for temperature in (0.0, -1.0, math.inf):
             with pytest.raises(ValueError, match="temperature must be positive and finite"):
                 BestStarts("s", temperature=temperature)
-        with pytest.raises(TypeError, match="observation_keys must be a key"):
+        with pytest.raises(ValueError, match="observation_keys must name at least one key"):
             BestStarts("s", observation_keys=[])
 
     def test_data(self):
