@@ -28,6 +28,7 @@ from torchrl_recall.masking import (
     rows_in_range,
 )
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.ensemble import members_of
 from torchrl_recall.model.heads import SupportDelta
 from torchrl_recall.model.joint_action import samples_entropy
 from torchrl_recall.model.observation import sorted_keys
@@ -223,7 +224,7 @@ class BacktrackLoss(LossModule):
                 next_state.reshape(-1, next_state.shape[-1]),
                 kept.reshape(-1),
             )
-        members = [self.model.member(i) for i in range(self.model.num_members)]
+        members = members_of(self.model)
         losses, logged = [], []
         for member in members:
             loss, found = self._member_loss(member, state, action, next_state, is_init)

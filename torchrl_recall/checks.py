@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 from tensordict import NestedKey, unravel_key
+from tensordict.nn import TensorDictModuleBase
 
 
 def check_at_least_one(name: str, value: Any) -> int:
@@ -148,6 +149,13 @@ def check_keys(name: str, keys: Any) -> list[NestedKey]:
 def as_keys(keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
     """Return keys as a list as `check_keys` does, those that were checked before."""
     return [keys] if isinstance(keys, str | tuple) else list(keys)
+
+
+def check_network(name: str, network: Any) -> Any:
+    """Return a TensorDictModule, or refuse by name what is none."""
+    if not isinstance(network, TensorDictModuleBase):
+        raise TypeError(f"{name} must be a TensorDictModule, got {type(network).__name__}.")
+    return network
 
 
 def check_tensor(name: str, value: Any) -> torch.Tensor:

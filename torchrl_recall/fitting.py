@@ -16,7 +16,7 @@ from torchrl_recall.checks import check_at_least_one, check_choice, check_real
 from torchrl_recall.fit_steps import FitHistory, FitRun, Schedule, reporter
 from torchrl_recall.held_out import split_rows
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.support.state_reading import stored_data
+from torchrl_recall.state_reading import stored_data
 from torchrl_recall.transitions import select_rows, usable_rows
 
 

@@ -13,7 +13,13 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer, Storage
 
-from torchrl_recall.checks import check_at_least_one, check_key, check_real, check_tensor
+from torchrl_recall.checks import (
+    check_at_least_one,
+    check_key,
+    check_network,
+    check_real,
+    check_tensor,
+)
 
 # Bounds the activations of the value network, whatever the size of the storage.
 DEFAULT_CHUNK = 65_536
@@ -67,7 +73,7 @@ def transition_value(
         tensor([2.5000, 1.0000])
     """
     gamma = check_real("gamma", gamma, 0.0, 1.0)
-    check_network(value_network)
+    check_network("value_network", value_network)
     keys = {"reward_key": reward_key, "terminated_key": terminated_key, "value_key": value_key}
     reward_key, terminated_key, value_key = (check_key(*pair) for pair in keys.items())
     if chunk_size is None:
@@ -139,14 +145,6 @@ def entry(data: TensorDictBase, key: NestedKey) -> Tensor:
     if value is None:
         raise KeyError(f"no entry {key!r} among {sorted(map(str, data.keys(True, True)))}")
     return check_tensor(repr(key), value)
-
-
-def check_network(value_network: Any) -> None:
-    """Refuse what is no value network."""
-    if not isinstance(value_network, TensorDictModuleBase):
-        raise TypeError(
-            f"value_network must be a TensorDictModule, got {type(value_network).__name__}"
-        )
 
 
 def one_each(data: TensorDictBase, key: NestedKey) -> Tensor:

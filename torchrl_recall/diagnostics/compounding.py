@@ -14,7 +14,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from torchrl_recall.checks import check_at_least_one, check_keys
-from torchrl_recall.support.state_reading import entry, trace_states
+from torchrl_recall.state_reading import entry, trace_states
 
 Step = Callable[[Tensor, Tensor], Tensor]
 

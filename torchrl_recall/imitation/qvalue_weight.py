@@ -12,11 +12,10 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 from torchrl.objectives.common import LossModule
 
-from torchrl_recall.checks import check_finite, check_flag
+from torchrl_recall.checks import check_finite, check_flag, check_network
 from torchrl_recall.imitation.weights import (
     ImitationKeys,
     PositivePart,
-    check_network,
     network_output,
     one_each_step,
     state_value,

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_choice, check_finite, check_flag, check_real
+from torchrl_recall.checks import check_choice, check_finite, check_flag, check_network, check_real
 from torchrl_recall.masking import fill_rows, filled_entries, one_each
 from torchrl_recall.model.observation import sorted_keys
 
@@ -250,13 +250,6 @@ class AdvantageWeight(PositivePart):
                 )
             last.set(key, fill_rows(state.detach().select(some.ndim, -1), some))
         return state_value(self.critic, last, keys.state_value, some, check=False)
-
-
-def check_network(name: str, network: Any) -> Any:
-    """Return a TensorDictModule, or refuse what is none."""
-    if not isinstance(network, TensorDictModuleBase):
-        raise TypeError(f"{name} must be a TensorDictModule, got {type(network).__name__}.")
-    return network
 
 
 def network_output(network: TensorDictModuleBase, data: TensorDictBase, key: NestedKey) -> Tensor:

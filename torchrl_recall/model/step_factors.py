@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchrl_recall.model.ensemble import Ensemble, mixed_terms
+from torchrl_recall.model.ensemble import Ensemble, members_of, mixed_terms
 from torchrl_recall.model.observation import ObservationCodec
 
 
@@ -108,7 +108,7 @@ class StepFactors(Ensemble):
             log-probability that ``next_state`` was *not* an episode's first state.
         """
         if self.num_members > 1:
-            members = [self.member(i) for i in range(self.num_members)]
+            members = members_of(self)
             return mixed_terms([one.step_log_prob(state, action, next_state) for one in members])
         if action_parameters is None:
             action_parameters = self.action_parameters(next_state)

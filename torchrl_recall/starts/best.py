@@ -16,7 +16,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_flag, check_keys, check_real
+from torchrl_recall.checks import check_flag, check_keys, check_network, check_real
 from torchrl_recall.masking import fill_rows, finite_rows, one_each
 from torchrl_recall.starts.batch import draw_rows, pick, unmasked_rows
 from torchrl_recall.values import bootstrapped_value, entry
@@ -79,11 +79,7 @@ class NextValueScore:
         terminated_key: NestedKey = ("next", "terminated"),
         value_key: NestedKey = "state_value",
     ) -> None:
-        if not isinstance(value_network, TensorDictModuleBase):
-            raise TypeError(
-                f"value_network must be a TensorDictModule, got {type(value_network).__name__}."
-            )
-        self.value_network = value_network
+        self.value_network: TensorDictModuleBase = check_network("value_network", value_network)
         self.gamma = check_real("gamma", gamma, 0.0, 1.0)
         self.reward_key = unravel_key(reward_key)
         self.terminated_key = unravel_key(terminated_key)

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from tensordict import LazyStackedTensorDict, NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
 from torchrl.data import ReplayBuffer, Storage
 
@@ -19,6 +19,7 @@ from torchrl_recall.checks import check_at_least_one, check_flag, check_keys, ch
 from torchrl_recall.masking import one_each
 from torchrl_recall.starts.batch import NextStates, StartStates, pick, unmasked_rows
 from torchrl_recall.starts.rarity import distinct_rows, neighbour_distance, visit_counts
+from torchrl_recall.state_reading import storage_rows
 from torchrl_recall.values import entry
 
 
@@ -163,15 +164,7 @@ class FrontierStarts:
         storage: Any = buffer.storage if isinstance(buffer, ReplayBuffer) else buffer
         if len(storage) == 0:
             return None
-        data = storage.get(slice(None))
-        if isinstance(data, list) and isinstance(data[0], TensorDictBase):
-            data = LazyStackedTensorDict.lazy_stack(data)
-        if not isinstance(data, TensorDictBase):
-            raise TypeError(
-                f"the storage must hold TensorDicts, got {type(storage).__name__} with "
-                f"{type(data).__name__}."
-            )
-        return data
+        return storage_rows(storage)
 
     def _rewarded(self, stored: TensorDictBase) -> bool:
         reward = one_each(stored, entry(stored, self.reward_key), f"reward {self.reward_key!r}")

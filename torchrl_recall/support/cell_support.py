@@ -14,8 +14,7 @@ from torch import Tensor
 from torchrl_recall.checks import check_keys
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.model.observation import ObservationCodec
-from torchrl_recall.support.data_support import Keys
-from torchrl_recall.support.state_reading import (
+from torchrl_recall.state_reading import (
     check_positive,
     check_size,
     read_states,
@@ -23,6 +22,7 @@ from torchrl_recall.support.state_reading import (
     to_cells,
     usable_rows,
 )
+from torchrl_recall.support.data_support import Keys
 
 # Rows of a storage read at a time.
 CHUNK = 65_536

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchrl_recall.checks import check_at_least_one, check_keys, check_real
 from torchrl_recall.generators import carry_generator, own_generator, unpack_generator
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.support.state_reading import (
+from torchrl_recall.state_reading import (
     check_positive,
     check_size,
     read_states,

@@ -10,9 +10,9 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_flag, check_keys
+from torchrl_recall.checks import check_flag, check_keys, check_network
 from torchrl_recall.masking import one_each
-from torchrl_recall.support.state_reading import trace_entry, trace_states
+from torchrl_recall.state_reading import trace_entry, trace_states
 
 
 class RisingValue:
@@ -56,10 +56,7 @@ class RisingValue:
         in_keys: NestedKey | Sequence[NestedKey] | None = None,
         compare_end: bool = True,
     ) -> None:
-        if not isinstance(value_network, TensorDictModuleBase):
-            kind = type(value_network).__name__
-            raise TypeError(f"value_network must be a TensorDictModule, got {kind}.")
-        self.value_network = value_network
+        self.value_network: TensorDictModuleBase = check_network("value_network", value_network)
         self.value_key = unravel_key(value_key)
         if self.value_key not in map(unravel_key, value_network.out_keys):
             raise ValueError(

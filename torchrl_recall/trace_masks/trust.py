@@ -11,10 +11,16 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_at_least_one, check_flag, check_keys, check_real
+from torchrl_recall.checks import (
+    check_at_least_one,
+    check_flag,
+    check_keys,
+    check_network,
+    check_real,
+)
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.model.disagreement import disagreement
-from torchrl_recall.support.state_reading import entry, read_states, stored_data
+from torchrl_recall.state_reading import entry, read_states, stored_data
 from torchrl_recall.trace_masks.mask import Scale, StateScale, require_floating, until_bad
 
 
@@ -176,10 +182,7 @@ class ForwardAgreement:
         in_keys: NestedKey | Sequence[NestedKey] = "observation",
         prediction_keys: NestedKey | Sequence[NestedKey] | None = None,
     ) -> None:
-        if not isinstance(forward_model, TensorDictModuleBase):
-            kind = type(forward_model).__name__
-            raise TypeError(f"forward_model must be a TensorDictModule, got {kind}.")
-        self.forward_model = forward_model
+        self.forward_model: TensorDictModuleBase = check_network("forward_model", forward_model)
         self.tolerance = check_real("tolerance", tolerance, 0.0)
         self.scale = StateScale(scale)
         self.relative, self.cut = check_flag("relative", relative), check_flag("cut", cut)

@@ -17,7 +17,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from torchrl_recall.checks import check_choice, check_keys, check_real
-from torchrl_recall.support.state_reading import check_positive, to_cells, trace_states
+from torchrl_recall.state_reading import check_positive, to_cells, trace_states
 from torchrl_recall.trace_masks.mask import Scale, StateScale, require_floating
 from torchrl_recall.traces.masks import last_visit
 

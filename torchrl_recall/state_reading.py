@@ -1,4 +1,4 @@
-"""Flat states from keys, without a model: for what looks at traces and at stored data.
+"""Entries, flat states and stored rows, without a model: for what looks at traces and at data.
 
 `ObservationCodec` does the same for the model, with its specs.
 """
@@ -84,6 +84,24 @@ def check_positive(name: str, value: Any) -> Tensor:
     return numbers
 
 
+def as_rows(found: Any) -> Any:
+    """Return what a storage gave as a TensorDict: a list of them, as lists hold it, stacked."""
+    if isinstance(found, list) and found and isinstance(found[0], TensorDictBase):
+        return LazyStackedTensorDict.lazy_stack(found)
+    return found
+
+
+def storage_rows(storage: Any, part: slice = slice(None)) -> TensorDictBase:
+    """Return rows of a storage, without a copy where it allows; refuse other than TensorDicts."""
+    found = as_rows(storage.get(part))
+    if not isinstance(found, TensorDictBase):
+        raise TypeError(
+            f"the storage must hold TensorDicts, got {type(storage).__name__} with "
+            f"{type(found).__name__}."
+        )
+    return found
+
+
 def stored_data(data: Any, name: str = "data") -> TensorDictBase:
     """Return what a buffer or storage holds, past the buffer's transforms, without a copy.
 
@@ -103,9 +121,7 @@ def stored_data(data: Any, name: str = "data") -> TensorDictBase:
         stored: Any = source
         if len(stored) == 0:
             raise ValueError(f"{name} is empty: nothing is stored yet.")
-        source = stored[:]
-        if isinstance(source, list) and isinstance(source[0], TensorDictBase):
-            source = LazyStackedTensorDict.lazy_stack(source)
+        source = as_rows(stored[:])
     if not isinstance(source, TensorDictBase):
         raise TypeError(
             f"{name} must be a TensorDict, or a Storage or ReplayBuffer that holds TensorDicts, "
