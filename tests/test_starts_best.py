@@ -221,11 +221,11 @@ class TestRefusals:
 
     def test_data(self):
         data = batch_of([1.0, 2.0])
-        with pytest.raises(KeyError, match=r"no entry .*value_target"):
+        with pytest.raises(KeyError, match=r"key .*value_target.* is missing from"):
             BestStarts.by_return()(data, generator())
         with pytest.raises(ValueError, match="score has shape"):
             BestStarts(lambda rows: rows["score"][:1])(data, generator())
-        with pytest.raises(KeyError, match=r"no entry .*next.*state"):
+        with pytest.raises(KeyError, match=r"key .*next.*state.* is missing from"):
             BestStarts("score", observation_keys="state")(data, generator())
 
 

@@ -13,6 +13,7 @@ from tensordict import LazyStackedTensorDict, NestedKey, TensorDict, TensorDictB
 from torch import Tensor
 from torchrl.data import ReplayBuffer, Storage
 
+from torchrl_recall.checks import check_tensor
 from torchrl_recall.model.observation import sorted_keys
 
 
@@ -21,7 +22,7 @@ def entry(data: TensorDictBase, key: NestedKey, name: str = "the data") -> Tenso
     value = data.get(key, default=None)
     if value is None:
         raise KeyError(f"key {key!r} is missing from {name}, which has {sorted_keys(data)}.")
-    return value
+    return check_tensor(repr(key), value)
 
 
 def read_states(data: TensorDictBase, keys: Sequence[NestedKey]) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensordict import LazyStackedTensorDict, NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer, Storage
@@ -18,8 +18,8 @@ from torchrl_recall.checks import (
     check_key,
     check_network,
     check_real,
-    check_tensor,
 )
+from torchrl_recall.state_reading import as_rows, entry
 
 # Bounds the activations of the value network, whatever the size of the storage.
 DEFAULT_CHUNK = 65_536
@@ -84,9 +84,7 @@ def transition_value(
         stored: Any = source
         if len(stored) == 0:
             return torch.zeros(0)
-        source = stored[:]
-        if isinstance(source, list) and isinstance(source[0], TensorDictBase):
-            source = LazyStackedTensorDict.lazy_stack(source)
+        source = as_rows(stored[:])
     if not isinstance(source, TensorDictBase):
         raise TypeError(
             "data must be a TensorDict, or a Storage or ReplayBuffer that holds TensorDicts, got "
@@ -137,14 +135,6 @@ def next_state_value(
             state = state.flatten(0, data.ndim - 1)[rows]
         states.set(key, state if parameter is None else state.to(parameter.device))
     return one_each(value_network(states), value_key)
-
-
-def entry(data: TensorDictBase, key: NestedKey) -> Tensor:
-    """Read an entry, or say which ones there are."""
-    value: Any = data.get(key, None)
-    if value is None:
-        raise KeyError(f"no entry {key!r} among {sorted(map(str, data.keys(True, True)))}")
-    return check_tensor(repr(key), value)
 
 
 def one_each(data: TensorDictBase, key: NestedKey) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchrl_recall.checks import check_keys
 from torchrl_recall.masking import one_each
-from torchrl_recall.values import entry
+from torchrl_recall.state_reading import entry
 
 
 @runtime_checkable

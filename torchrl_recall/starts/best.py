@@ -19,7 +19,8 @@ from torch import Tensor
 from torchrl_recall.checks import check_flag, check_keys, check_network, check_real
 from torchrl_recall.masking import fill_rows, finite_rows, one_each
 from torchrl_recall.starts.batch import draw_rows, pick, unmasked_rows
-from torchrl_recall.values import bootstrapped_value, entry
+from torchrl_recall.state_reading import entry
+from torchrl_recall.values import bootstrapped_value
 
 Score = Callable[[TensorDictBase], Tensor]
 

@@ -19,8 +19,7 @@ from torchrl_recall.checks import check_at_least_one, check_flag, check_keys, ch
 from torchrl_recall.masking import one_each
 from torchrl_recall.starts.batch import NextStates, StartStates, pick, unmasked_rows
 from torchrl_recall.starts.rarity import distinct_rows, neighbour_distance, visit_counts
-from torchrl_recall.state_reading import storage_rows
-from torchrl_recall.values import entry
+from torchrl_recall.state_reading import entry, storage_rows
 
 
 class FrontierStarts:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchrl_recall.checks import check_finite, check_keys
 from torchrl_recall.starts.batch import draw_rows, pick, unmasked_rows
-from torchrl_recall.values import entry
+from torchrl_recall.state_reading import entry
 
 Goals = Callable[[int, torch.Generator], Tensor | TensorDictBase]
 
