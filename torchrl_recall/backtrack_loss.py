@@ -15,7 +15,8 @@ from tensordict.nn import dispatch
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
-from torchrl_recall.checks import check_coefficient, check_flag
+from torchrl_recall.checks import as_keys, check_coefficient, check_flag
+from torchrl_recall.generators import RandomSource
 from torchrl_recall.masking import (
     Reduction,
     blank_rows,
@@ -27,10 +28,10 @@ from torchrl_recall.masking import (
     rows_in_range,
 )
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.ensemble import members_of
 from torchrl_recall.model.heads import SupportDelta
-from torchrl_recall.model.joint_action import as_keys, samples_entropy
+from torchrl_recall.model.joint_action import samples_entropy
 from torchrl_recall.model.observation import sorted_keys
-from torchrl_recall.random_source import RandomSource
 
 
 class BacktrackLoss(LossModule):
@@ -170,8 +171,7 @@ class BacktrackLoss(LossModule):
 
     @property
     def _observation_keys(self) -> list[NestedKey]:
-        keys = self.tensor_keys.observation
-        return list(keys) if isinstance(keys, list) else [keys]
+        return as_keys(self.tensor_keys.observation)
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -224,7 +224,7 @@ class BacktrackLoss(LossModule):
                 next_state.reshape(-1, next_state.shape[-1]),
                 kept.reshape(-1),
             )
-        members = [self.model.member(i) for i in range(self.model.num_members)]
+        members = members_of(self.model)
         losses, logged = [], []
         for member in members:
             loss, found = self._member_loss(member, state, action, next_state, is_init)

@@ -17,7 +17,7 @@ from torchrl.data.tensor_specs import TensorSpec
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
-from torchrl_recall.checks import check_coefficient, check_finite, check_flag, check_real
+from torchrl_recall.checks import as_keys, check_coefficient, check_finite, check_flag, check_real
 from torchrl_recall.imitation.distance import (
     OF_VALUES,
     Distance,
@@ -37,7 +37,6 @@ from torchrl_recall.masking import (
     reduce_kept,
 )
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.model.joint_action import as_keys
 from torchrl_recall.model.observation import sorted_keys
 
 
@@ -217,6 +216,8 @@ class RecallTraceLoss(LossModule):
             raise ValueError(f"the trace is empty: batch size {tuple(trace.shape)}.")
         kept = kept_rows(self, trace)
         loss = self._step_loss(trace, kept)
+        if loss.numel() == 0:
+            raise ValueError("the trace is empty: its entries have no steps.")
         if trace.ndim == 0:
             # Keyword tensors come without a batch size.
             kept = kept.expand_as(loss)

@@ -13,14 +13,19 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_at_least_one, check_choice, check_key, check_real
+from torchrl_recall.checks import (
+    check_at_least_one,
+    check_choice,
+    check_key,
+    check_network,
+    check_real,
+)
 from torchrl_recall.priorities.ages import BLOCK_ENTRIES, BlockAges
 from torchrl_recall.priorities.returns import ReturnsToGo
 from torchrl_recall.stored_rows import LocalRows, RemoteRows, Ring, rows_of
 from torchrl_recall.values import (
     DEFAULT_CHUNK,
     bootstrapped_value,
-    check_network,
     next_state_value,
     one_each,
 )
@@ -119,7 +124,7 @@ class ValueRefresh:
         trajectory_key: NestedKey | None = ("collector", "traj_ids"),
         value_key: NestedKey = "state_value",
     ) -> None:
-        check_network(value_network)
+        check_network("value_network", value_network)
         if isinstance(slice_size, float):
             if not 0 < slice_size <= 1:
                 raise ValueError(f"slice_size as a share must be in (0, 1], got {slice_size}")

@@ -19,7 +19,7 @@ class TraceLengthScheduler:
     After ``k`` calls of ``step()`` traces have ``initial + (final - initial) (k - delay) /
     num_updates`` steps, rounded towards the initial length, from ``delay`` calls on and until
     ``num_updates`` later. As TorchRL's schedulers of samplers, it can stand in a ``SchedulerList``.
-    Errors of a model add up along a trace: BMPO grows its traces from 1 to 15 steps.
+    Errors of a model add up along a trace: a poor model's should be short.
 
     Args:
         transform (BacktrackTransform): whose ``num_steps`` to set; what it has now is the initial

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from bench.machine import RESULTS, describe
+from bench.result_files import write_result
 
 FOLDER = RESULTS / "goal_coverage"
 FIGURE = RESULTS / "goal_coverage.png"
@@ -83,9 +83,7 @@ def run(first: int, count: int) -> None:
                 result = Run(variant, seed, settings).run()
                 result |= {"variant": variant, "seed": seed, "settings": asdict(settings)}
                 result["machine"] = describe()
-                made = claim.with_suffix(".made")
-                made.write_text(json.dumps(result, indent=1))
-                os.replace(made, path)
+                write_result(path, result)
             finally:
                 claim.unlink()
             print(f"{variant}, seed {seed}: {result['coverage'][-1]:.2f}", flush=True)

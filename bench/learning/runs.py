@@ -16,6 +16,7 @@ from tensordict import TensorDict
 
 from bench.learning.rows import ROWS, Row
 from bench.learning.variants import Variant, maker
+from bench.result_files import write_result
 from torchrl_recall.demo.train import train
 from torchrl_recall.envs import success_probability
 
@@ -103,7 +104,7 @@ def run_missing(
     began = time.monotonic()
     results = _results(waiting, size, budget, workers)
     for done, ((name, seed), result) in enumerate(results, 1):
-        _write(path_of(folder, (name, seed)), result)
+        write_result(path_of(folder, (name, seed)), result)
         solved = "not solved" if result["t90"] is None else f"{result['t90']:,} steps"
         left = (time.monotonic() - began) / done * (len(waiting) - done) / 60
         print(
@@ -138,11 +139,3 @@ def _start_worker() -> None:
 
 def _run(job: Job, size: int, budget: int) -> dict[str, Any]:
     return run(ROWS[job[0]], job[1], size, budget)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A run that is cut off leaves no half a result.
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)

@@ -57,7 +57,7 @@ def goal_coverage(reached: Tensor, *, confidence: float = 0.95) -> GoalCoverage:
             f"reached must be bool with at least one goal, got {reached.dtype} of shape "
             f"{tuple(reached.shape)}."
         )
-    confidence = check_real("confidence", confidence, 0.0, 1.0)
+    confidence = check_real("confidence", confidence, 0.0, 1.0, open_low=True, open_high=True)
     n, share = reached.numel(), float(reached.double().mean())
     half = torch.tensor((1 + confidence) / 2, dtype=torch.float64)
     z = float(torch.special.ndtri(half))

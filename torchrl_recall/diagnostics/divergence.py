@@ -14,7 +14,7 @@ from torch import Tensor
 from torchrl_recall.backtrack_loss import BacktrackLoss
 from torchrl_recall.checks import check_at_least_one
 from torchrl_recall.diagnostics.kernel import tabular_kernel
-from torchrl_recall.envs.exact import backtrack_kernel, kernel_divergence
+from torchrl_recall.envs.exact import backtrack_kernel, kernel_divergence, step_divergence
 from torchrl_recall.envs.four_rooms import FourRoomsEnv
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.transitions import backward_log_prob, usable_rows
@@ -95,9 +95,7 @@ def maze_divergence(
     stop, predecessor = tabular_kernel(model, env)
     total = kernel_divergence(exact, stop, predecessor)
     joint = (1 - stop)[:, None, None] * predecessor
-    per_state = torch.where(exact.stop > 0, exact.stop * (exact.stop / stop).log(), 0.0)
-    steps = torch.where(exact.joint > 0, exact.joint * (exact.joint / joint).log(), 0.0)
-    per_state = per_state + steps.sum((1, 2))
+    per_state = step_divergence((exact.stop, exact.joint), (stop, joint))
     return MazeDivergence(total.per_step, total.trajectory, per_state, exact.visits)
 
 

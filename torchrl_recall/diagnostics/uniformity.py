@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
-from torchrl_recall.checks import check_device, check_real
+from torchrl_recall.checks import check_choice, check_device, check_real
 from torchrl_recall.diagnostics.cdf import model_cdf
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.transitions import usable_rows
@@ -102,9 +102,10 @@ def calibration(
     """
     if not isinstance(model, BacktrackModel):
         raise TypeError(f"model must be a BacktrackModel, got {type(model).__name__}.")
-    if factor not in ("action", "delta"):
-        raise ValueError(f"factor must be 'action' or 'delta', got {factor!r}.")
-    chosen = [check_real("levels", level, 0.0, 1.0) for level in levels]
+    check_choice("factor", factor, Factor)
+    chosen = [
+        check_real("levels", level, 0.0, 1.0, open_low=True, open_high=True) for level in levels
+    ]
     if generator is not None:
         check_device("generator", generator.device, model.device)
     data = data.reshape(-1)

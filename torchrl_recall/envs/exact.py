@@ -296,14 +296,27 @@ def kernel_divergence(
                 f"{name} must have shape {list(wanted.shape)}, got {list(given.shape)}"
             )
     model = BacktrackKernel(stop.double(), predecessor.double(), exact.visits)
-    step = _relative_entropy(exact.stop, model.stop)
-    step = step + _relative_entropy(exact.joint, model.joint).sum((1, 2))
-    trajectory = exact.visits @ step
+    trajectory = exact.visits @ step_divergence(
+        (exact.stop, exact.joint), (model.stop, model.joint)
+    )
     return KernelDivergence(trajectory / exact.visits.sum(), trajectory)
 
 
-def _relative_entropy(exact: Tensor, model: Tensor) -> Tensor:
-    return torch.where(exact > 0, exact * (exact.log() - model.log()), 0.0)
+def step_divergence(given: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """Return ``KL(given || other)`` of one step backwards from each state, in nats.
+
+    Args:
+        given (pair of Tensor): ``q(stop | s')``, ``[S']``, and ``q(s, a, no stop | s')``,
+            ``[S', A, S]``.
+        other (pair of Tensor): of the same shapes.
+
+    Returns:
+        Tensor: ``[S']``; infinite where the other cannot do what is given.
+    """
+    stop, steps = (
+        torch.where(p > 0, p * (p.log() - q.log()), 0.0) for p, q in zip(given, other, strict=True)
+    )
+    return stop + steps.sum((1, 2))
 
 
 def _as_policy(env: FourRoomsEnv, action_probability: Tensor) -> Tensor:

@@ -17,10 +17,15 @@ from torch import Tensor, nn
 from torchrl.data.tensor_specs import Bounded
 from torchrl.modules import MLP
 
-from torchrl_recall.checks import check_at_least_one, check_device, check_real
+from torchrl_recall.checks import check_at_least_one, check_choice, check_keys, check_real
+from torchrl_recall.generators import (
+    carry_generator,
+    follow_device,
+    own_generator,
+    unpack_generator,
+)
 from torchrl_recall.goals.lsgan import discriminator_loss, generator_loss
 from torchrl_recall.goals.space import GoalMemory, GoalSpace
-from torchrl_recall.starts.batch import key_list
 
 GoalToState = Callable[[Tensor], Any]
 
@@ -62,7 +67,7 @@ class GoalGAN(nn.Module):
         goal_to_state (callable, optional): turns goals ``[n, D]`` into observations, as a tensor
             ``[n, *observation]`` (one observation key), a mapping or a TensorDict. By default a
             goal is an observation.
-        observation_keys (NestedKey or sequence of NestedKey): the model's observation keys.
+        observation_keys (NestedKey or list of NestedKey): the model's observation keys.
         generator (torch.Generator, optional): source of randomness of `sample` and `update`, on
             the module's device. By default an own one, seeded from torch's. Saved in
             ``state_dict()``, as are the optimizers' states. Initial parameters are torch's.
@@ -127,13 +132,11 @@ class GoalGAN(nn.Module):
         if len(self.targets) != 3 or not all(map(math.isfinite, self.targets)):
             raise ValueError(f"targets must be three finite numbers (a, b, c), got {targets}.")
         self.batch_size = check_at_least_one("batch_size", batch_size)
-        if starts not in ("good", "sample"):
-            raise ValueError(f"starts must be 'good' or 'sample', got {starts!r}.")
-        self.starts = starts
+        self.starts = check_choice("starts", starts, ("good", "sample"))
         if goal_to_state is not None and not callable(goal_to_state):
             raise TypeError(f"goal_to_state must be callable, got {type(goal_to_state).__name__}.")
         self.goal_to_state = goal_to_state
-        self.observation_keys = key_list("observation_keys", observation_keys)
+        self.observation_keys = check_keys("observation_keys", observation_keys)
 
         size, factory = self.space.size, self.space.factory
         shape: dict[str, Any] = {"num_cells": num_cells, "activation_class": nn.ReLU}
@@ -153,14 +156,7 @@ class GoalGAN(nn.Module):
         )
         self.register_buffer("is_fitted", torch.zeros((), dtype=torch.bool, device=device))
         self._good = torch.zeros(0, size, **factory)  # scaled, too
-        if generator is None:
-            seed = int(torch.empty((), dtype=torch.int64).random_())
-            generator = torch.Generator(self.device).manual_seed(seed)
-        elif not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
-        else:
-            check_device("generator", generator.device, self.device)
-        self.generator = generator
+        self.generator = own_generator(generator, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -349,11 +345,14 @@ class GoalGAN(nn.Module):
         return start.set(("collector", "mask"), kept)
 
     def _generator(self) -> torch.Generator:
-        device = self.device
-        if self.generator.device.type != device.type:
-            # The module has moved: go on with a stream of the same seed over there.
-            self.generator = torch.Generator(device).manual_seed(self.generator.initial_seed())
+        self.generator = follow_device(self.generator, self.device)
         return self.generator
+
+    def __getstate__(self) -> dict[str, Any]:
+        return carry_generator(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(unpack_generator(state))
 
     def _optimizers(self) -> tuple[torch.optim.Adam, torch.optim.Adam]:
         return self.goal_optimizer, self.discriminator_optimizer

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
+from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 from torchrl.objectives.common import LossModule
 
-from torchrl_recall.checks import check_finite, check_flag
+from torchrl_recall.checks import check_finite, check_flag, check_network
 from torchrl_recall.imitation.weights import (
     ImitationKeys,
     PositivePart,
-    check_network,
     network_output,
     one_each_step,
     state_value,
@@ -25,9 +26,10 @@ from torchrl_recall.masking import fill_rows, filled_entries
 class QValueWeight(PositivePart):
     """Weight ``max(Q(s_t, a_t) - V(s_t), 0)``: imitate actions that are better than the policy's.
 
-    V is ``Q(s, π(s))`` with the actor's deterministic action (as the loss asks for it, see its
-    ``deterministic_sampling_mode``), for a Q-network of discrete actions ``Σ_a π(a|s) Q(s, a)``,
-    or a critic's value. The networks are shared, not owned, as in `AdvantageWeight`.
+    V is ``Q(s, π(s))`` with the actor's deterministic action (a loss's
+    ``deterministic_sampling_mode`` or, called directly, ``set_exploration_type`` can ask for
+    another one), for a Q-network of discrete actions ``Σ_a π(a|s) Q(s, a)``, or a critic's value.
+    The networks are shared, not owned, as in `AdvantageWeight`.
 
     Args:
         qvalue_network (TensorDictModuleBase or LossModule): reads state and action and writes
@@ -114,7 +116,8 @@ class QValueWeight(PositivePart):
             return taken - state_value(self.critic, states, keys.state_value, kept)
         actor: Any = self.actor
         if of_pairs:
-            own = actor(states.select(*actor.in_keys)).get(keys.action, default=None)
+            with _deterministic():
+                own = actor(states.select(*actor.in_keys)).get(keys.action, default=None)
             if own is None:
                 raise KeyError(
                     f"the actor writes no {keys.action!r}, its keys are {actor.out_keys}."
@@ -143,6 +146,13 @@ class QValueWeight(PositivePart):
             with copy.to_module(network, preserve_module_state=False):
                 values.append(network_output(network, data.copy(), key))
         return torch.stack(values).amin(0)
+
+
+def _deterministic() -> Any:
+    """Let a policy act without chance, unless the loss or the user has said how it acts."""
+    if exploration_type() is None:
+        return set_exploration_type(ExplorationType.DETERMINISTIC)
+    return nullcontext()
 
 
 def _chosen(qvalue: Tensor, action: Tensor, keys: ImitationKeys) -> Tensor:

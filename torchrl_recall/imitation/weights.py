@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_finite, check_flag, check_real
+from torchrl_recall.checks import check_choice, check_finite, check_flag, check_network, check_real
 from torchrl_recall.masking import fill_rows, filled_entries, one_each
 from torchrl_recall.model.observation import sorted_keys
 
@@ -191,9 +191,7 @@ class AdvantageWeight(PositivePart):
         self.critic = check_network("critic", critic)
         self.gamma = check_real("gamma", gamma, 0.0, 1.0)
         self.gate = check_flag("gate", gate)
-        if value_of not in ("state", "transition"):
-            raise ValueError(f"value_of must be 'state' or 'transition', got {value_of!r}.")
-        self.value_of = value_of
+        self.value_of = check_choice("value_of", value_of, ("state", "transition"))
 
     def in_keys(self, keys: ImitationKeys) -> list[NestedKey]:
         """List what is read of the batch."""
@@ -252,13 +250,6 @@ class AdvantageWeight(PositivePart):
                 )
             last.set(key, fill_rows(state.detach().select(some.ndim, -1), some))
         return state_value(self.critic, last, keys.state_value, some, check=False)
-
-
-def check_network(name: str, network: Any) -> Any:
-    """Return a TensorDictModule, or refuse what is none."""
-    if not isinstance(network, TensorDictModuleBase):
-        raise TypeError(f"{name} must be a TensorDictModule, got {type(network).__name__}.")
-    return network
 
 
 def network_output(network: TensorDictModuleBase, data: TensorDictBase, key: NestedKey) -> Tensor:

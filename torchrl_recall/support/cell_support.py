@@ -11,11 +11,10 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from torchrl_recall.checks import check_keys
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.model.observation import ObservationCodec
-from torchrl_recall.support.data_support import Keys
-from torchrl_recall.support.state_reading import (
-    as_keys,
+from torchrl_recall.state_reading import (
     check_positive,
     check_size,
     read_states,
@@ -23,6 +22,7 @@ from torchrl_recall.support.state_reading import (
     to_cells,
     usable_rows,
 )
+from torchrl_recall.support.data_support import Keys
 
 # Rows of a storage read at a time.
 CHUNK = 65_536
@@ -69,7 +69,7 @@ class CellSupport:
             elif cell_size is None:
                 raise ValueError("cell_size is needed for continuous observations, got None.")
             observation = observation.observation_keys
-        self.keys = as_keys("observation", observation)
+        self.keys = check_keys("observation", observation)
         self.cell_size = None if cell_size is None else check_positive("cell_size", cell_size)
         codec = self.codec
         countable = codec is not None and cell_size is None and codec.num_states <= MAX_TABLE

@@ -16,7 +16,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.support.state_reading import check_positive
+from torchrl_recall.state_reading import check_positive
 from torchrl_recall.traces.masks import since_start
 
 Scale = float | Tensor | BacktrackModel
