@@ -16,6 +16,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from torchrl_recall.checks import check_finite, check_flag, check_real
+from torchrl_recall.imitation.recurrent import recurrent_modules
 from torchrl_recall.masking import fill_rows, filled_entries, one_each
 from torchrl_recall.model.observation import sorted_keys
 
@@ -258,6 +259,11 @@ def check_network(name: str, network: Any) -> Any:
     """Return a TensorDictModule, or refuse what is none."""
     if not isinstance(network, TensorDictModuleBase):
         raise TypeError(f"{name} must be a TensorDictModule, got {type(network).__name__}.")
+    if recurrent_modules(network):
+        raise TypeError(
+            f"{name} is recurrent, and a trace has no hidden state to weigh its steps by; give one "
+            "that reads the state alone."
+        )
     return network
 
 
