@@ -34,6 +34,7 @@ REFUSALS = (ValueError, KeyError, TypeError)
 # Where the library calls TorchRL's own buffer, or functions that users give it.
 OF_OTHERS = (".extend(", "self.refresh()", "self.weight(", "self.start(", "support(candidates)")
 HANG = 60.0  # seconds that no case takes
+START = 600.0  # nor the start of a process, on a busy machine
 
 
 def make_case(number):
@@ -139,17 +140,17 @@ def run_all(start, stop):
 
         for task in (read, drain):
             threading.Thread(target=task, daemon=True).start()
-        running = start
+        running, limit = start, START
         while True:
             try:
-                line = lines.get(timeout=HANG)
+                line = lines.get(timeout=limit)
             except Empty:
                 line, hangs = "", True
             else:
                 hangs = False
             if not line:
                 break
-            report = json.loads(line)
+            report, limit = json.loads(line), HANG
             if "begins" in report:
                 running = report["begins"]
                 continue

@@ -73,7 +73,9 @@ class BacktrackTransform(Transform):
         min_value (float, optional): mask traces whose start has a value below this.
         value_key (NestedKey): where to read that value, ``[*B]`` or ``[*B, 1]``.
         generator (torch.Generator, optional): source of randomness, on the model's device. By
-            default an own one, seeded from torch's; it is saved in ``state_dict()``.
+            default an own one, seeded from torch's; it is saved in ``state_dict()``. Under
+            ``torch.compile``, whose graphs take no generators, torch's own is drawn from instead
+            (with ``start``, which is handed the generator, the graph breaks, and it serves on).
         backend (str): backend of `sample_traces`.
         precision (str): precision of `sample_traces`.
 
@@ -280,7 +282,9 @@ class BacktrackTransform(Transform):
             )
         return one_each(tensordict, value, f"value_key {self.value_key!r}")
 
-    def _generator(self) -> torch.Generator:
+    def _generator(self) -> torch.Generator | None:
+        if torch.compiler.is_compiling() and self.start is None:
+            return None  # a graph cannot take one in
         device = self.model.device
         if self.generator.device.type != device.type:
             # The model has moved: go on with a stream of the same seed over there.
@@ -300,7 +304,9 @@ class BacktrackTransform(Transform):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the state of the generator."""
-        self._generator().set_state(state.cpu())
+        generator = self._generator()
+        assert generator is not None
+        generator.set_state(state.cpu())
 
     def __getstate__(self) -> dict[str, Any]:
         return carry_generator(super().__getstate__())
