@@ -225,13 +225,15 @@ class BacktrackTransform(Transform):
             finite = torch.isfinite(start).all(-1)
             start = torch.where(finite.unsqueeze(-1), start, torch.zeros_like(start))
             eligible = finite if eligible is None else eligible & finite
+        # A graph of `torch.compile` cannot take a generator in.
+        in_graph = self.start is None and torch.compiler.is_compiling()
         trace = sample_traces(
             self.model,
             self.model.observation.restore(start),
             num_steps=self.num_steps,
             num_traces=self.num_traces,
             last_visit=self.last_visit,
-            generator=self._generator(),
+            generator=None if in_graph else self._generator(),
             backend=self.backend,
             precision=self.precision,
             support=self.support,
@@ -282,9 +284,7 @@ class BacktrackTransform(Transform):
             )
         return one_each(tensordict, value, f"value_key {self.value_key!r}")
 
-    def _generator(self) -> torch.Generator | None:
-        if torch.compiler.is_compiling() and self.start is None:
-            return None  # a graph cannot take one in
+    def _generator(self) -> torch.Generator:
         device = self.model.device
         if self.generator.device.type != device.type:
             # The model has moved: go on with a stream of the same seed over there.
@@ -304,9 +304,7 @@ class BacktrackTransform(Transform):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the state of the generator."""
-        generator = self._generator()
-        assert generator is not None
-        generator.set_state(state.cpu())
+        self._generator().set_state(state.cpu())
 
     def __getstate__(self) -> dict[str, Any]:
         return carry_generator(super().__getstate__())
