@@ -89,8 +89,7 @@ def sink(request, tmp_path):
     yield made
     if request.param == "wandb":
         made.run.finish()
-        (file,) = tmp_path.rglob("*.wandb")
-        assert file.stat().st_size > 1000
+        assert len(list(tmp_path.rglob("*.wandb"))) == 1  # written to at leisure, by a process
 
 
 def same_numbers(found, expected):
