@@ -78,7 +78,9 @@ class BacktrackTransform(Transform):
         min_value (float, optional): mask traces whose start has a value below this.
         value_key (NestedKey): where to read that value, ``[*B]`` or ``[*B, 1]``.
         generator (torch.Generator, optional): source of randomness, on the model's device. By
-            default an own one, seeded from torch's; it is saved in ``state_dict()``.
+            default an own one, seeded from torch's; it is saved in ``state_dict()``. Under
+            ``torch.compile``, whose graphs take no generators, torch's own is drawn from instead
+            (with ``start``, which is handed the generator, the graph breaks, and it serves on).
         backend (str): backend of `sample_traces`.
         precision (str): precision of `sample_traces`.
 
@@ -224,13 +226,15 @@ class BacktrackTransform(Transform):
             finite = torch.isfinite(start).all(-1)
             start = torch.where(finite.unsqueeze(-1), start, torch.zeros_like(start))
             eligible = finite if eligible is None else eligible & finite
+        # A graph of `torch.compile` cannot take a generator in.
+        in_graph = self.start is None and torch.compiler.is_compiling()
         trace = sample_traces(
             self.model,
             self.model.observation.restore(start),
             num_steps=self.num_steps,
             num_traces=self.num_traces,
             last_visit=self.last_visit,
-            generator=self._generator(),
+            generator=None if in_graph else self._generator(),
             backend=self.backend,
             precision=self.precision,
             support=self.support,

@@ -12,6 +12,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer, Storage
+from torchrl.modules import set_recurrent_mode
 
 from torchrl_recall.checks import (
     check_at_least_one,
@@ -134,7 +135,9 @@ def next_state_value(
         if rows is not None:
             state = state.flatten(0, data.ndim - 1)[rows]
         states.set(key, state if parameter is None else state.to(parameter.device))
-    return one_each(value_network(states), value_key)
+    # Each row is one step, with the hidden state that was stored with it, if there is one.
+    with set_recurrent_mode(False):
+        return one_each(value_network(states), value_key)
 
 
 def one_each(data: TensorDictBase, key: NestedKey) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 from torchrl.objectives.common import LossModule
 
-from torchrl_recall.checks import check_finite, check_flag, check_network
+from torchrl_recall.checks import check_finite, check_flag
+from torchrl_recall.imitation.recurrent import check_memoryless
 from torchrl_recall.imitation.weights import (
     ImitationKeys,
     PositivePart,
@@ -78,11 +79,11 @@ class QValueWeight(PositivePart):
             raise TypeError(
                 f"qvalue_network is a {type(qvalue_network).__name__}, which has no qvalue_network."
             )
-        self.qvalue_network = check_network("qvalue_network", qvalue_network)
+        self.qvalue_network = check_memoryless("qvalue_network", qvalue_network)
         if (actor is None) == (critic is None):
             raise ValueError("expected one of actor and critic, which say V, got both or neither.")
-        self.actor = None if actor is None else check_network("actor", actor)
-        self.critic = None if critic is None else check_network("critic", critic)
+        self.actor = None if actor is None else check_memoryless("actor", actor)
+        self.critic = None if critic is None else check_memoryless("critic", critic)
         self.gate = check_flag("gate", gate)
 
     def _network(self) -> Any:
