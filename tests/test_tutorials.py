@@ -1,5 +1,6 @@
 """Every tutorial runs from top to bottom."""
 
+# Needs a checkout.
 from __future__ import annotations
 
 from pathlib import Path

@@ -126,8 +126,8 @@ class BacktrackLoss(LossModule):
         super().__init__()
         self.model = model
         self.reduction = check_reduction(reduction)
-        self.mask_nonfinite = check_flag("mask_nonfinite", mask_nonfinite)
-        self.action_entropy_coeff = check_coefficient(
+        self.mask_nonfinite: bool = check_flag("mask_nonfinite", mask_nonfinite)
+        self.action_entropy_coeff: float = check_coefficient(
             "action_entropy_coeff", action_entropy_coeff, 0.0
         )
         if self.action_entropy_coeff and model.action.is_uniform:
@@ -135,15 +135,15 @@ class BacktrackLoss(LossModule):
                 f"action_entropy_coeff is {action_entropy_coeff}, expected 0: the model's reverse "
                 "actions are uniform, so that their entropy is the greatest there is."
             )
-        self.bootstrap = check_flag("bootstrap", bootstrap)
+        self.bootstrap: bool = check_flag("bootstrap", bootstrap)
         if self.bootstrap and model.num_members == 1:
             raise ValueError("bootstrap is for ensembles, but the model has one member.")
         # Whether the entropy has no closed form.
-        self.samples = bool(self.action_entropy_coeff and samples_entropy(model.action.head))
+        self.samples: bool = bool(self.action_entropy_coeff and samples_entropy(model.action.head))
         if self.bootstrap or self.samples:
-            self.random = RandomSource(generator)
+            self.random: RandomSource = RandomSource(generator)
         # ``set_keys(name=None)`` goes back to these.
-        self.default_keys = partial(
+        self.default_keys: Any = partial(
             self._AcceptedKeys,
             observation=model.observation_keys,
             action=model.action_key,
@@ -151,7 +151,10 @@ class BacktrackLoss(LossModule):
         )
         self._tensor_keys = self.default_keys()
         terms = ["action", "delta", *(["stop"] if model.has_stop else [])]
-        self.out_keys = ["loss_backtrack", *(f"backtrack_{term}_log_prob" for term in terms)]
+        self.out_keys: list[str] = [
+            "loss_backtrack",
+            *(f"backtrack_{term}_log_prob" for term in terms),
+        ]
         if self.action_entropy_coeff:
             self.out_keys.append("backtrack_action_entropy")
         self._set_in_keys()
@@ -175,7 +178,14 @@ class BacktrackLoss(LossModule):
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Compute the loss of a batch of transitions of any batch shape."""
+        """Compute the loss of a batch of transitions of any batch shape.
+
+        Args:
+            tensordict (TensorDictBase): transitions ``[*B]`` with the model's ``in_keys``.
+
+        Returns:
+            TensorDict: the loss and its logs, as the class says.
+        """
         keys, action_key = self._observation_keys, self.tensor_keys.action
         if tensordict.ndim == 0:
             tensordict = self._batched(tensordict)

@@ -24,6 +24,8 @@ from torchrl.data import ReplayBuffer
 
 from torchrl_recall.checks import check_at_least_one, check_size
 
+__all__ = ["RecallCheckpoint"]
+
 
 class _PlainFile(StateDictCheckpointAdapter):
     """One file for each part, read back with ``weights_only=True``.

@@ -162,7 +162,9 @@ class RecallTraceLoss(LossModule):
         self._memory = memory  # what a recurrent policy reads of its past
         self.convert_to_functional(actor, "actor_network")
         self.reduction = check_reduction(reduction)
-        self.backtrack = None if model is None else BacktrackLoss(model, reduction=reduction)
+        self.backtrack: BacktrackLoss | None = (
+            None if model is None else BacktrackLoss(model, reduction=reduction)
+        )
         self.register_coeff_buffer(
             "imitation_coeff", check_coefficient("imitation_coeff", imitation_coeff)
         )
@@ -170,12 +172,12 @@ class RecallTraceLoss(LossModule):
             "backtrack_coeff", check_coefficient("backtrack_coeff", backtrack_coeff)
         )
         self.loss_function = loss_function
-        self.margin = check_real("margin", margin, 0.0)
+        self.margin: float = check_real("margin", margin, 0.0)
         self.register_buffer("half_range", half_range(action_spec), persistent=False)
         # In __dict__: the weight's networks are not this loss's, even if it is a module.
         object.__setattr__(self, "weight", weight)
-        self.discount = check_real("discount", discount, 0.0, 1.0)
-        self.normalize_weights = check_flag("normalize_weights", normalize_weights)
+        self.discount: float = check_real("discount", discount, 0.0, 1.0)
+        self.normalize_weights: bool = check_flag("normalize_weights", normalize_weights)
         fitted = [] if self.backtrack is None else self.backtrack.out_keys
         self.out_keys: list[NestedKey] = [
             "loss_imitation",
@@ -218,7 +220,14 @@ class RecallTraceLoss(LossModule):
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Compute the loss of a batch that carries traces."""
+        """Compute the loss of a batch that carries traces.
+
+        Args:
+            tensordict (TensorDictBase): ``[*B]``, with the traces, ``[*B, T]`` or ``[*B, N, T]``.
+
+        Returns:
+            TensorDict: the loss and its logs, as the class says.
+        """
         trace = tensordict.get(self.tensor_keys.trace, default=None)
         if trace is None:
             raise KeyError(

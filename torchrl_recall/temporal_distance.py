@@ -22,6 +22,8 @@ from torchrl_recall.masking import Reduction, check_reduction, kept_rows, one_ea
 from torchrl_recall.model.networks import choose_dtype
 from torchrl_recall.model.observation import ObservationCodec, as_mapping
 
+__all__ = ["TemporalDistance", "TemporalDistanceLoss"]
+
 
 class TemporalDistance(nn.Module):
     """Number of steps from one state to another, ``d(s, g) >= 0``.
@@ -66,7 +68,9 @@ class TemporalDistance(nn.Module):
         widths = [check_at_least_one("num_cells", width) for width in num_cells]
         observations = as_mapping(observation, observation_keys)
         dtype = choose_dtype(observations, dtype)
-        self.observation = ObservationCodec(observations, dtype=dtype, device=device)
+        self.observation: ObservationCodec = ObservationCodec(
+            observations, dtype=dtype, device=device
+        )
         self.network = MLP(
             in_features=2 * self.observation.feature_size,
             out_features=1,
@@ -76,7 +80,15 @@ class TemporalDistance(nn.Module):
         ).to(dtype)
 
     def forward(self, state: Tensor, end: Tensor) -> Tensor:
-        """Return the steps from ``state`` to ``end``, flat ``[*B, size]`` both: ``[*B]``."""
+        """Return the steps from ``state`` to ``end``, flat ``[*B, size]`` both: ``[*B]``.
+
+        Args:
+            state (Tensor): where to go from, flat ``[*B, size]``.
+            end (Tensor): where to, flat ``[*B, size]``.
+
+        Returns:
+            Tensor: steps, ``[*B]``, at least 0.
+        """
         features = torch.cat([self.observation(state), self.observation(end)], -1)
         return nn.functional.softplus(self.network(features)).squeeze(-1)
 
@@ -159,12 +171,16 @@ class TemporalDistanceLoss(LossModule):
             raise TypeError(f"distance must be a TemporalDistance, got {type(distance).__name__}.")
         super().__init__()
         self.distance = distance
-        self.expectile = check_real("expectile", expectile, 0.0, 1.0, open_low=True, open_high=True)
+        self.expectile: float = check_real(
+            "expectile", expectile, 0.0, 1.0, open_low=True, open_high=True
+        )
         self.reduction = check_reduction(reduction)
         # ``set_keys(name=None)`` goes back to these.
-        self.default_keys = partial(self._AcceptedKeys, observation=list(distance.observation.keys))
+        self.default_keys: Any = partial(
+            self._AcceptedKeys, observation=list(distance.observation.keys)
+        )
         self._tensor_keys = self.default_keys()
-        self.out_keys = ["loss_temporal_distance"]
+        self.out_keys: list[str] = ["loss_temporal_distance"]
         self._set_in_keys()
 
     def _set_in_keys(self) -> None:
@@ -180,7 +196,14 @@ class TemporalDistanceLoss(LossModule):
         return as_keys(self.tensor_keys.observation)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Compute the loss of a batch ``[*B, L]``, time last."""
+        """Compute the loss of a batch ``[*B, L]``, time last.
+
+        Args:
+            tensordict (TensorDictBase): slices of trajectories, ``[*B, L]``.
+
+        Returns:
+            TensorDict: the loss and its logs, as the class says.
+        """
         if tensordict.ndim == 0 or tensordict.shape.numel() == 0:
             raise ValueError(
                 f"the data has batch size {tuple(tensordict.shape)}, expected [*B, L] with time "

@@ -165,13 +165,13 @@ class BacktrackTransform(Transform):
                 raise TypeError(f"masks must hold TraceMasks, got a {type(mask).__name__}.")
         if support is not None and not callable(support):
             raise TypeError(f"support must be callable, got {type(support).__name__}.")
-        self.num_candidates = check_at_least_one("num_candidates", num_candidates)
+        self.num_candidates: int = check_at_least_one("num_candidates", num_candidates)
         self.num_steps = num_steps
-        self.num_traces = (
+        self.num_traces: int | None = (
             None if num_traces is None else check_at_least_one("num_traces", num_traces)
         )
-        self.last_visit = check_flag("last_visit", last_visit)
-        self.value_key = check_key("value_key", value_key)
+        self.last_visit: bool = check_flag("last_visit", last_visit)
+        self.value_key: NestedKey = check_key("value_key", value_key)
         self.backend: Backend = check_choice("backend", backend, BACKENDS)
         self.precision: Precision = check_choice("precision", precision, PRECISIONS)
         if min_value is not None:
@@ -286,14 +286,21 @@ class BacktrackTransform(Transform):
         return one_each(tensordict, value, f"value_key {self.value_key!r}")
 
     def _generator(self) -> torch.Generator:
-        self.generator = follow_device(self.generator, self.model.device)
+        self.generator: torch.Generator = follow_device(self.generator, self.model.device)
         return self.generator
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
         return next_tensordict
 
     def transform_output_spec(self, output_spec: Any) -> Any:
-        """Leave the environment's specs as they are: there the transform does nothing."""
+        """Leave the environment's specs as they are: there the transform does nothing.
+
+        Args:
+            output_spec (Composite): the environment's.
+
+        Returns:
+            Composite: the same.
+        """
         return output_spec
 
     def get_extra_state(self) -> Tensor:
@@ -301,7 +308,11 @@ class BacktrackTransform(Transform):
         return self.generator.get_state()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the state of the generator."""
+        """Restore the state of the generator.
+
+        Args:
+            state (Tensor): what `get_extra_state` returned, uint8 ``[bytes]``.
+        """
         self._generator().set_state(state.cpu())
 
     def __getstate__(self) -> dict[str, Any]:

@@ -169,9 +169,10 @@ def draw(curves: dict[str, np.ndarray], steps: np.ndarray) -> None:
     figure, axis = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
     for variant, curve in curves.items():
         mean, width = curve.mean(0), half_width(curve)
-        color = "#1f77b4" if "uniform" in variant else "#d62728"
+        # Source of goals by colour and marker, kind of traces by dashes: greyscale tells both.
+        color, marker = ("#0072B2", "o") if "uniform" in variant else ("#D55E00", "s")
         dashes = "--" if "traces" in variant else ":" if "past" in variant else "-"
-        axis.plot(steps / 1000, mean, dashes, color=color, label=variant)
+        axis.plot(steps / 1000, mean, dashes, color=color, marker=marker, label=variant)
         axis.fill_between(
             steps / 1000, mean - width, mean + width, color=color, alpha=0.08, linewidth=0
         )

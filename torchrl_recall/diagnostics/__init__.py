@@ -3,16 +3,16 @@
 Beside the data's way, behind `fit` or `BacktrackLoss`: a model, real data or traces go in, results
 with ``scalars()`` for a logger and a picture for each come out.
 
-==============================  ==============================================================
-question                        answer
-==============================  ==============================================================
-is the model right?             `held_out_likelihood`; on a maze, exactly, `maze_divergence`
-do traces follow the posterior? `variational_bound`; on a maze `maze_bound`, `maze_gap`
-is its spread right?            `calibration`
-where do traces really lead?    `compounding_error`
-are traces where data are?      `distance_to_data`, `outside_support`, `never_visited`
-what has been reached?          `goal_coverage`
-==============================  ==============================================================
+===============================  =============================================================
+question                         answer
+===============================  =============================================================
+is the model right?              `held_out_likelihood`; on a maze, exactly, `maze_divergence`
+do traces follow the posterior?  `variational_bound`; on a maze `maze_bound`, `maze_gap`
+is its spread right?             `calibration`
+where do traces really lead?     `compounding_error`
+are traces where data are?       `distance_to_data`, `outside_support`, `never_visited`
+what has been reached?           `goal_coverage`
+===============================  =============================================================
 
 **Many predecessors.** A state can have many: against a wall all of ``s' = max(s + a, 0)`` with
 ``s + a <= 0`` end in 0; contacts, sticky ends and absorbing states are alike. A single Gaussian

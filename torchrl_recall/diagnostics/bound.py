@@ -35,6 +35,13 @@ class Bound(NamedTuple):
     With deterministic or nearly deterministic dynamics a learned model soon samples a trajectory
     that cannot happen, and the bound is minus infinity; ``value_possible`` is the bound of the
     model with such traces filtered out, which is finite.
+
+    Examples:
+        >>> import torch
+        >>> value, evidence = torch.tensor(-1.0), torch.tensor(-0.5)
+        >>> bound = Bound(*[value] * 6, log_evidence=evidence, log_weight=value.expand(8))
+        >>> bound.gap
+        tensor(0.5000)
     """
 
     value: Tensor
@@ -42,7 +49,7 @@ class Bound(NamedTuple):
     standard_error: Tensor
     """Of ``value``; infinite with it."""
     value_possible: Tensor
-    """Bound of q given that the trajectory can happen: its mean log-weight + ``log(possible)``."""
+    """Bound of q given that the trajectory can happen, mean log-weight + ``log(possible)``."""
     standard_error_possible: Tensor
     """Of ``value_possible``."""
     possible: Tensor

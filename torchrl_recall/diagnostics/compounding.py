@@ -24,6 +24,15 @@ class CompoundingError(NamedTuple):
 
     A trace's error is the root mean square over dimensions of (replayed - trace) / scale. Replays
     that leave the finite numbers count as infinitely wrong.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> trace = TensorDict({"observation": torch.tensor([[[0.0], [1.0]]])}, [1, 2])
+        >>> trace["action"] = torch.ones(1, 2, 1)
+        >>> trace["next", "observation"] = torch.tensor([[[1.0], [2.5]]])
+        >>> compounding_error(trace, lambda s, a: s + a, steps=(1, 2)).scalars()["mean_2"]
+        0.5
     """
 
     steps: Tensor

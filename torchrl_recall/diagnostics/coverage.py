@@ -12,7 +12,14 @@ from torchrl_recall.diagnostics.distance import nearest_distance
 
 
 class GoalCoverage(NamedTuple):
-    """Share of goals that were reached, with Wilson's interval."""
+    """Share of goals that were reached, with Wilson's interval.
+
+    Examples:
+        >>> import torch
+        >>> found = goal_coverage(torch.tensor([True] * 8 + [False] * 2))
+        >>> found.share, round(found.low, 3), round(found.high, 3)
+        (0.8, 0.49, 0.943)
+    """
 
     share: float
     """Of the goals."""

@@ -27,6 +27,13 @@ class Calibration(NamedTuple):
     """The probability integral transform (PIT) of real transitions, against the uniform.
 
     The p-values take rows as independent; those of a trajectory may not be.
+
+    Examples:
+        >>> import torch
+        >>> half = torch.tensor([0.5])
+        >>> found = Calibration(half[None], half, half, torch.tensor([0.9]), torch.tensor([[0.8]]))
+        >>> round(found.scalars()["coverage_90"], 2)  # too sure: 0.9 would be right
+        0.8
     """
 
     pit: Tensor

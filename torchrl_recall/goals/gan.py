@@ -91,6 +91,9 @@ class GoalGAN(nn.Module):
         torch.Size([6, 2])
     """
 
+    goal_optimizer: torch.optim.Adam
+    discriminator_optimizer: torch.optim.Adam
+
     is_fitted: Tensor
 
     def __init__(
@@ -116,27 +119,27 @@ class GoalGAN(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.space = GoalSpace(goal, device=device)
-        self.noise_dim = check_at_least_one("noise_dim", noise_dim)
+        self.space: GoalSpace = GoalSpace(goal, device=device)
+        self.noise_dim: int = check_at_least_one("noise_dim", noise_dim)
         if isinstance(num_cells, str) or not isinstance(num_cells, Sequence):
             raise TypeError(f"num_cells must be a sequence of widths, got {num_cells!r}.")
         num_cells = [check_at_least_one("num_cells", width) for width in num_cells]
-        self.min_success = check_real("min_success", min_success, 0.0, 1.0)
-        self.max_success = check_real("max_success", max_success, self.min_success, 1.0)
-        self.replay_share = check_real("replay_share", replay_share, 0.0, 1.0)
+        self.min_success: float = check_real("min_success", min_success, 0.0, 1.0)
+        self.max_success: float = check_real("max_success", max_success, self.min_success, 1.0)
+        self.replay_share: float = check_real("replay_share", replay_share, 0.0, 1.0)
         # Rounding of 1/3 + 2/3 aside.
-        self.uniform_share = check_real(
+        self.uniform_share: float = check_real(
             "uniform_share", uniform_share, 0.0, 1.0 - self.replay_share + 1e-12
         )
-        self.targets = tuple(check_real("targets", target) for target in targets)
+        self.targets: tuple[float, ...] = tuple(check_real("targets", target) for target in targets)
         if len(self.targets) != 3 or not all(map(math.isfinite, self.targets)):
             raise ValueError(f"targets must be three finite numbers (a, b, c), got {targets}.")
-        self.batch_size = check_at_least_one("batch_size", batch_size)
-        self.starts = check_choice("starts", starts, ("good", "sample"))
+        self.batch_size: int = check_at_least_one("batch_size", batch_size)
+        self.starts: Any = check_choice("starts", starts, ("good", "sample"))
         if goal_to_state is not None and not callable(goal_to_state):
             raise TypeError(f"goal_to_state must be callable, got {type(goal_to_state).__name__}.")
         self.goal_to_state = goal_to_state
-        self.observation_keys = check_keys("observation_keys", observation_keys)
+        self.observation_keys: list[NestedKey] = check_keys("observation_keys", observation_keys)
 
         size, factory = self.space.size, self.space.factory
         shape: dict[str, Any] = {"num_cells": num_cells, "activation_class": nn.ReLU}
@@ -148,7 +151,7 @@ class GoalGAN(nn.Module):
             for network in (self.goal_network, self.discriminator_network)
         )
         # In coordinates scaled to [-1, 1].
-        self.memory = GoalMemory(
+        self.memory: GoalMemory = GoalMemory(
             check_at_least_one("replay_size", replay_size),
             size,
             check_real("min_distance", min_distance, 0.0),
@@ -345,7 +348,7 @@ class GoalGAN(nn.Module):
         return start.set(("collector", "mask"), kept)
 
     def _generator(self) -> torch.Generator:
-        self.generator = follow_device(self.generator, self.device)
+        self.generator: torch.Generator = follow_device(self.generator, self.device)
         return self.generator
 
     def __getstate__(self) -> dict[str, Any]:

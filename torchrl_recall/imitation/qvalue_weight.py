@@ -79,11 +79,11 @@ class QValueWeight(PositivePart):
             raise TypeError(
                 f"qvalue_network is a {type(qvalue_network).__name__}, which has no qvalue_network."
             )
-        self.qvalue_network = check_memoryless("qvalue_network", qvalue_network)
+        self.qvalue_network: Any = check_memoryless("qvalue_network", qvalue_network)
         if (actor is None) == (critic is None):
             raise ValueError("expected one of actor and critic, which say V, got both or neither.")
-        self.actor = None if actor is None else check_memoryless("actor", actor)
-        self.critic = None if critic is None else check_memoryless("critic", critic)
+        self.actor: Any = None if actor is None else check_memoryless("actor", actor)
+        self.critic: Any = None if critic is None else check_memoryless("critic", critic)
         self.gate = check_flag("gate", gate)
 
     def _network(self) -> Any:
@@ -96,13 +96,27 @@ class QValueWeight(PositivePart):
         return list(dict.fromkeys([*self._network().in_keys, *policy.in_keys, keys.action]))
 
     def in_keys(self, keys: ImitationKeys) -> list[NestedKey]:
-        """List what is read of the batch."""
+        """List what is read of the batch.
+
+        Args:
+            keys (ImitationKeys): where things are.
+
+        Returns:
+            list of NestedKey: keys at the root of the batch.
+        """
         return [unravel_key((keys.trace, name)) for name in self._names(keys)]
 
     def advantage(
         self, trace: TensorDictBase, tensordict: TensorDictBase, kept: Tensor, keys: ImitationKeys
     ) -> Tensor:
-        """Return ``Q(s_t, a_t) - V(s_t)``, ``[*B, T]``; of any value where steps are masked."""
+        """Return ``Q(s_t, a_t) - V(s_t)``, ``[*B, T]``; of any value where steps are masked.
+
+        Args:
+            trace (TensorDictBase): ``[*B, T]``, oldest step first.
+            tensordict (TensorDictBase): the batch that carries the trace.
+            kept (Tensor): ``[*B, T]`` bool; False where the trace may hold anything.
+            keys (ImitationKeys): where things are.
+        """
         data = filled_entries(trace, self._names(keys), kept)
         states = data.exclude(keys.action)
         of_pairs = keys.action in self._network().in_keys

@@ -36,6 +36,19 @@ class ImitationKeys:
         state_value (NestedKey): where a critic writes V(s).
         state_action_value (NestedKey): where a Q-network writes Q(s, a).
         action_value (NestedKey): where a Q-network of discrete actions writes all of Q(s, ·).
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule
+        >>> from torch import nn
+        >>> from torchrl.modules import ProbabilisticActor, TanhNormal
+        >>> from torchrl_recall import RecallTraceLoss
+        >>> actor = ProbabilisticActor(
+        ...     TensorDictModule(nn.Linear(3, 1), ["observation"], ["loc"]), ["loc"],
+        ...     distribution_class=TanhNormal, distribution_kwargs={"scale": 0.1})
+        >>> loss = RecallTraceLoss(actor)
+        >>> loss.set_keys(trace="recall")
+        >>> loss.tensor_keys.trace
+        'recall'
     """
 
     trace: NestedKey = "trace"
@@ -53,6 +66,13 @@ class ImitationWeight(Protocol):
     """Says how much each step of traces counts.
 
     An ``in_keys(keys)`` beside it may list what it reads of the batch, for ``loss.in_keys``.
+
+    Examples:
+        >>> import torch
+        >>> def late_steps(trace, tensordict, kept, keys):
+        ...     return torch.linspace(0.1, 1, kept.shape[-1]).expand(kept.shape)
+        >>> isinstance(late_steps, ImitationWeight)  # RecallTraceLoss(actor, weight=late_steps)
+        True
     """
 
     def __call__(
@@ -133,7 +153,14 @@ class PositivePart:
     def advantage(
         self, trace: TensorDictBase, tensordict: TensorDictBase, kept: Tensor, keys: ImitationKeys
     ) -> Tensor:
-        """Return the advantage, ``[*B, T]``; of any value where steps are masked."""
+        """Return the advantage, ``[*B, T]``; of any value where steps are masked.
+
+        Args:
+            trace (TensorDictBase): ``[*B, T]``, oldest step first.
+            tensordict (TensorDictBase): the batch that carries the trace.
+            kept (Tensor): ``[*B, T]`` bool; False where the trace may hold anything.
+            keys (ImitationKeys): where things are.
+        """
         raise NotImplementedError
 
 
@@ -190,12 +217,19 @@ class AdvantageWeight(PositivePart):
         value_of: Literal["state", "transition"] = "state",
     ) -> None:
         self.critic = check_memoryless("critic", critic)
-        self.gamma = check_real("gamma", gamma, 0.0, 1.0)
+        self.gamma: float = check_real("gamma", gamma, 0.0, 1.0)
         self.gate = check_flag("gate", gate)
         self.value_of = check_choice("value_of", value_of, ("state", "transition"))
 
     def in_keys(self, keys: ImitationKeys) -> list[NestedKey]:
-        """List what is read of the batch."""
+        """List what is read of the batch.
+
+        Args:
+            keys (ImitationKeys): where things are.
+
+        Returns:
+            list of NestedKey: keys at the root of the batch.
+        """
         names = [unravel_key((keys.trace, name)) for name in self.critic.in_keys]
         if keys.value is not None:
             return [*names, keys.value]
@@ -204,7 +238,14 @@ class AdvantageWeight(PositivePart):
     def advantage(
         self, trace: TensorDictBase, tensordict: TensorDictBase, kept: Tensor, keys: ImitationKeys
     ) -> Tensor:
-        """Return ``R_t - V(s_t)``, ``[*B, T]``; of any value where steps are masked."""
+        """Return ``R_t - V(s_t)``, ``[*B, T]``; of any value where steps are masked.
+
+        Args:
+            trace (TensorDictBase): ``[*B, T]``, oldest step first.
+            tensordict (TensorDictBase): the batch that carries the trace.
+            kept (Tensor): ``[*B, T]`` bool; False where the trace may hold anything.
+            keys (ImitationKeys): where things are.
+        """
         states = filled_entries(trace, self.critic.in_keys, kept)
         value = state_value(self.critic, states, keys.state_value, kept)
         return self.returns(trace, tensordict, kept, keys) - value
@@ -212,7 +253,14 @@ class AdvantageWeight(PositivePart):
     def returns(
         self, trace: TensorDictBase, tensordict: TensorDictBase, kept: Tensor, keys: ImitationKeys
     ) -> Tensor:
-        """Return ``R_t``, ``[*B, T]``; of any value where steps are masked."""
+        """Return ``R_t``, ``[*B, T]``; of any value where steps are masked.
+
+        Args:
+            trace (TensorDictBase): ``[*B, T]``, oldest step first.
+            tensordict (TensorDictBase): the batch that carries the trace.
+            kept (Tensor): ``[*B, T]`` bool; False where the trace may hold anything.
+            keys (ImitationKeys): where things are.
+        """
         reward = trace.get(keys.trace_reward, default=None)
         if reward is not None:
             reward = one_each(trace, reward.detach(), f"trace {keys.trace_reward!r}")

@@ -133,12 +133,12 @@ class BacktrackModel(StepFactors, TensorDictModuleBase):
         uniform = check_choice("reverse_action", reverse_action, ReverseAction) == "uniform"
         factory: dict[str, Any] = {"dtype": dtype, "device": usable_device("device", device)}
 
-        self.observation = ObservationCodec(observations, **factory)
+        self.observation: ObservationCodec = ObservationCodec(observations, **factory)
         self.action, self.action_key = build_action(
             action, action_key, action_range, uniform=uniform, **factory
         )
-        self.is_init_key = check_key("is_init_key", is_init_key)
-        self.delta_head = build_delta_head(
+        self.is_init_key: NestedKey = check_key("is_init_key", is_init_key)
+        self.delta_head: Any = build_delta_head(
             self.observation, delta_support, delta_range, factory, num_components
         )
         add_networks(

@@ -35,7 +35,7 @@ class StepFactors(Ensemble):
         """Logit of ``q(stop|s')``.
 
         Args:
-            state (Tensor): ``[*B, size]`` flat states, see `ObservationCodec`.
+            state (Tensor): ``[*B, size]`` flat states, as ``observation.flatten`` gives them.
 
         Returns:
             Tensor: ``[*B]``.
@@ -101,7 +101,7 @@ class StepFactors(Ensemble):
             state (Tensor): ``[*B, size]``.
             action (Tensor): flat actions, ``[*B, A]`` or ``[*B]`` indices.
             next_state (Tensor): ``[*B, size]``.
-            action_parameters (Tensor, optional): of that method, where they are known already.
+            action_parameters (Tensor, optional): ``[*B, P]`` of that method, where already known.
 
         Returns:
             dict: ``"action"`` and ``"delta"``, each ``[*B]``; with a stop head also ``"stop"``, the

@@ -19,7 +19,20 @@ from torchrl_recall.state_reading import entry
 
 @runtime_checkable
 class StartStates(Protocol):
-    """A source of states to walk back from."""
+    """A source of states to walk back from.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl_recall import BacktrackModel, BacktrackTransform
+        >>> def corner(tensordict, generator):
+        ...     zeros = torch.zeros(*tensordict.shape, 3)
+        ...     return TensorDict({"observation": zeros}, tensordict.shape)
+        >>> model = BacktrackModel(3, 1, num_cells=(32,))
+        >>> transform = BacktrackTransform(model, num_steps=8, start=corner)
+        >>> transform(TensorDict({}, [4]))["trace"].shape
+        torch.Size([4, 8])
+    """
 
     def __call__(self, tensordict: TensorDictBase, generator: torch.Generator) -> TensorDictBase:
         """Return a start for each row of a sampled batch.
@@ -54,7 +67,7 @@ class NextStates:
     """
 
     def __init__(self, observation_keys: NestedKey | Sequence[NestedKey] = "observation") -> None:
-        self.observation_keys = check_keys("observation_keys", observation_keys)
+        self.observation_keys: list[NestedKey] = check_keys("observation_keys", observation_keys)
 
     def __call__(self, tensordict: TensorDictBase, generator: torch.Generator) -> TensorDictBase:
         """Return the next states, and which rows are no padding; see `StartStates`."""

@@ -41,7 +41,7 @@ class KeyScore:
 
     def __init__(self, key: NestedKey, *, absolute: bool = False) -> None:
         self.key = unravel_key(key)
-        self.absolute = check_flag("absolute", absolute)
+        self.absolute: bool = check_flag("absolute", absolute)
 
     def __call__(self, tensordict: TensorDictBase) -> Tensor:
         """Return the scores ``[*B]``."""
@@ -81,7 +81,7 @@ class NextValueScore:
         value_key: NestedKey = "state_value",
     ) -> None:
         self.value_network: TensorDictModuleBase = check_network("value_network", value_network)
-        self.gamma = check_real("gamma", gamma, 0.0, 1.0)
+        self.gamma: float = check_real("gamma", gamma, 0.0, 1.0)
         self.reward_key = unravel_key(reward_key)
         self.terminated_key = unravel_key(terminated_key)
         self.value_key = unravel_key(value_key)
@@ -143,6 +143,9 @@ class BestStarts:
         tensor([3., 3., 3., 3.])
     """
 
+    top: float | None
+    temperature: float | None
+
     def __init__(
         self,
         score: NestedKey | Score,
@@ -170,7 +173,7 @@ class BestStarts:
         else:
             top = check_real("top", 0.1 if top is None else top, 0.0, 1.0, open_low=True)
         self.top, self.temperature = top, temperature
-        self.observation_keys = check_keys("observation_keys", observation_keys)
+        self.observation_keys: list[NestedKey] = check_keys("observation_keys", observation_keys)
 
     @classmethod
     def by_value(

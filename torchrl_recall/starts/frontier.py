@@ -95,14 +95,14 @@ class FrontierStarts:
                 f"{type(buffer).__name__}."
             )
         self.buffer: Any = buffer
-        self.num_candidates = check_at_least_one("num_candidates", num_candidates)
-        self.num_neighbours = check_at_least_one("num_neighbours", num_neighbours)
-        self.num_targets = check_at_least_one("num_targets", num_targets)
-        self.hold = check_at_least_one("hold", hold)
-        self.until_reward = check_flag("until_reward", until_reward)
-        self.reward_threshold = check_real("reward_threshold", reward_threshold)
+        self.num_candidates: int = check_at_least_one("num_candidates", num_candidates)
+        self.num_neighbours: int = check_at_least_one("num_neighbours", num_neighbours)
+        self.num_targets: int = check_at_least_one("num_targets", num_targets)
+        self.hold: int = check_at_least_one("hold", hold)
+        self.until_reward: bool = check_flag("until_reward", until_reward)
+        self.reward_threshold: float = check_real("reward_threshold", reward_threshold)
         self.reward_key = unravel_key(reward_key)
-        self.observation_keys = check_keys("observation_keys", observation_keys)
+        self.observation_keys: list[NestedKey] = check_keys("observation_keys", observation_keys)
         if then is not None and not callable(then):
             raise TypeError(f"then must be a StartStates, got {type(then).__name__}.")
         self.then: StartStates = NextStates(self.observation_keys) if then is None else then
@@ -212,6 +212,9 @@ class FrontierStarts:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
+
+        Args:
+            state_dict (dict): what `state_dict` returned.
 
         Raises:
             KeyError: if an entry is missing.

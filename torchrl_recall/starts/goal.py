@@ -59,7 +59,7 @@ class GoalStarts:
         weights: Tensor | None = None,
         observation_keys: NestedKey | Sequence[NestedKey] = "observation",
     ) -> None:
-        self.observation_keys = check_keys("observation_keys", observation_keys)
+        self.observation_keys: list[NestedKey] = check_keys("observation_keys", observation_keys)
         self.goals: TensorDictBase | None = None
         self.function: Any = None
         self.goal_keys: list[NestedKey] = []

@@ -70,7 +70,9 @@ class CellSupport:
                 raise ValueError("cell_size is needed for continuous observations, got None.")
             observation = observation.observation_keys
         self.keys = check_keys("observation", observation)
-        self.cell_size = None if cell_size is None else check_positive("cell_size", cell_size)
+        self.cell_size: Tensor | None = (
+            None if cell_size is None else check_positive("cell_size", cell_size)
+        )
         codec = self.codec
         countable = codec is not None and cell_size is None and codec.num_states <= MAX_TABLE
         self.is_table = countable
@@ -79,7 +81,14 @@ class CellSupport:
         self._size = None if codec is None else codec.size
 
     def fit(self, data: Any) -> CellSupport:
-        """Replace what was visited by real data; arguments and refusals of `extend`."""
+        """Replace what was visited by real data; arguments and refusals of `extend`.
+
+        Args:
+            data (TensorDictBase, Storage or ReplayBuffer): as for `extend`.
+
+        Returns:
+            CellSupport: itself.
+        """
         return self._add(data, None)
 
     def extend(self, data: Any) -> CellSupport:
@@ -135,7 +144,11 @@ class CellSupport:
         return {"visited": None if visited is None else visited.clone(), "size": self._size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; the settings are the constructor's."""
+        """Restore what `state_dict` returned; the settings are the constructor's.
+
+        Args:
+            state_dict (dict): what `state_dict` returned.
+        """
         visited, self._size = state_dict["visited"], state_dict["size"]
         self._visited = None if visited is None else visited.clone()
 

@@ -92,12 +92,12 @@ class DataSupport:
             if observation.observation.is_discrete:
                 raise ValueError("observation is discrete, expected a continuous one; CellSupport.")
             observation = observation.observation_keys
-        self.keys = check_keys("observation", observation)
-        self.num_references = check_at_least_one("num_references", num_references)
-        self.num_neighbours = check_at_least_one("num_neighbours", num_neighbours)
-        self.quantile = check_real("quantile", quantile, 0.0, 1.0)
-        self.factor = float(check_positive("factor", factor))
-        self.generator = own_generator(generator)
+        self.keys: list[NestedKey] = check_keys("observation", observation)
+        self.num_references: int = check_at_least_one("num_references", num_references)
+        self.num_neighbours: int = check_at_least_one("num_neighbours", num_neighbours)
+        self.quantile: float = check_real("quantile", quantile, 0.0, 1.0)
+        self.factor: float = float(check_positive("factor", factor))
+        self.generator: torch.Generator = own_generator(generator)
         self._known: _References | None = None
 
     @torch.no_grad()
@@ -190,7 +190,11 @@ class DataSupport:
         return {**state, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` returned; the settings are the constructor's."""
+        """Restore what `state_dict` returned; the settings are the constructor's.
+
+        Args:
+            state_dict (dict): what `state_dict` returned.
+        """
         self.generator.set_state(state_dict["generator"].cpu())
         parts = {name: state_dict.get(name) for name in _References._fields}
         given = {name: part.clone() for name, part in parts.items() if part is not None}

@@ -64,10 +64,12 @@ class RisingValue:
                 "value_network."
             )
         inputs: Any = value_network.in_keys
-        self.in_keys = check_keys("in_keys", list(inputs) if in_keys is None else in_keys)
+        self.in_keys: list[NestedKey] = check_keys(
+            "in_keys", list(inputs) if in_keys is None else in_keys
+        )
         if len(self.in_keys) != len(inputs):
             raise ValueError(f"in_keys {self.in_keys} must match the network's {inputs}.")
-        self.compare_end = check_flag("compare_end", compare_end)
+        self.compare_end: bool = check_flag("compare_end", compare_end)
 
     @torch.no_grad()
     def __call__(self, trace: TensorDictBase) -> Tensor:
@@ -123,7 +125,7 @@ class RisingDistance:
         if not callable(distance):
             raise TypeError(f"distance must be callable, got {type(distance).__name__}.")
         self.distance = distance
-        self.in_keys = check_keys("in_keys", in_keys)
+        self.in_keys: list[NestedKey] = check_keys("in_keys", in_keys)
 
     @torch.no_grad()
     def __call__(self, trace: TensorDictBase) -> Tensor:

@@ -125,7 +125,11 @@ class Disagreement:
         return {"max_disagreement": self.max_disagreement}
 
     def load_state_dict(self, state_dict: dict[str, float | None]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned.
+
+        Args:
+            state_dict (dict): what `state_dict` returned.
+        """
         self.max_disagreement = state_dict["max_disagreement"]
 
 
@@ -171,6 +175,9 @@ class ForwardAgreement:
         (tensor([ True, False]), tensor([False, False]))
     """
 
+    relative: bool
+    cut: bool
+
     def __init__(
         self,
         forward_model: TensorDictModuleBase,
@@ -183,12 +190,12 @@ class ForwardAgreement:
         prediction_keys: NestedKey | Sequence[NestedKey] | None = None,
     ) -> None:
         self.forward_model: TensorDictModuleBase = check_network("forward_model", forward_model)
-        self.tolerance = check_real("tolerance", tolerance, 0.0)
-        self.scale = StateScale(scale)
+        self.tolerance: float = check_real("tolerance", tolerance, 0.0)
+        self.scale: StateScale = StateScale(scale)
         self.relative, self.cut = check_flag("relative", relative), check_flag("cut", cut)
-        self.in_keys = check_keys("in_keys", in_keys)
+        self.in_keys: list[NestedKey] = check_keys("in_keys", in_keys)
         outputs: Any = list(forward_model.out_keys) if prediction_keys is None else prediction_keys
-        self.prediction_keys = check_keys("prediction_keys", outputs)
+        self.prediction_keys: list[NestedKey] = check_keys("prediction_keys", outputs)
         if len(self.prediction_keys) != len(self.in_keys):
             raise ValueError(
                 f"prediction_keys {self.prediction_keys} must match in_keys {self.in_keys} one for "

@@ -62,10 +62,14 @@ class LastVisitCells:
         keep: Keep = "visit",
         in_keys: NestedKey | Sequence[NestedKey] = "observation",
     ) -> None:
-        self.to_cells = cell_size if callable(cell_size) else None
-        self.cell_size = None if callable(cell_size) else check_positive("cell_size", cell_size)
+        self.to_cells: Callable[[Tensor], Tensor] | None = (
+            cell_size if callable(cell_size) else None
+        )
+        self.cell_size: Tensor | None = (
+            None if callable(cell_size) else check_positive("cell_size", cell_size)
+        )
         self.keep: Keep = check_choice("keep", keep, Keep)
-        self.in_keys = check_keys("in_keys", in_keys)
+        self.in_keys: list[NestedKey] = check_keys("in_keys", in_keys)
 
     @torch.no_grad()
     def __call__(self, trace: TensorDictBase) -> Tensor:
@@ -143,10 +147,10 @@ class LastVisitRadius:
         keep: Keep = "visit",
         in_keys: NestedKey | Sequence[NestedKey] = "observation",
     ) -> None:
-        self.radius = check_real("radius", radius, 0.0)
-        self.scale = StateScale(scale)
+        self.radius: float = check_real("radius", radius, 0.0)
+        self.scale: StateScale = StateScale(scale)
         self.keep: Keep = check_choice("keep", keep, Keep)
-        self.in_keys = check_keys("in_keys", in_keys)
+        self.in_keys: list[NestedKey] = check_keys("in_keys", in_keys)
 
     @torch.no_grad()
     def __call__(self, trace: TensorDictBase) -> Tensor:

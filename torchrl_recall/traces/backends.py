@@ -52,6 +52,10 @@ class BackendStatus(NamedTuple):
     Attributes:
         available (bool): whether it can.
         detail (str): with what, or why not.
+
+    Examples:
+        >>> backends()["reference"].available
+        True
     """
 
     available: bool
