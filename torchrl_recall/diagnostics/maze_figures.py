@@ -16,7 +16,7 @@ from torchrl_recall.checks import check_finite
 from torchrl_recall.diagnostics.figures import STYLES
 from torchrl_recall.envs.four_rooms import FourRoomsEnv
 from torchrl_recall.envs.point_maze import PointMazeEnv
-from torchrl_recall.support.state_reading import entry
+from torchrl_recall.state_reading import entry
 
 Maze = FourRoomsEnv | PointMazeEnv
 # Of the colour map: its palest colours do not show on white.
