@@ -14,6 +14,9 @@ are traces where data are?       `distance_to_data`, `outside_support`, `never_v
 what has been reached?           `goal_coverage`
 ===============================  =============================================================
 
+`draw_maze`, `draw_traces` and `animate_traces` show traces in the mazes of `torchrl_recall.envs`,
+`plot_curves` learning curves of several seeds.
+
 **Many predecessors.** A state can have many: against a wall all of ``s' = max(s + a, 0)`` with
 ``s + a <= 0`` end in 0; contacts, sticky ends and absorbing states are alike. A single Gaussian
 then becomes the *moment match*: mean and variance are right, the shape is not, and samples lie
@@ -56,6 +59,12 @@ from torchrl_recall.diagnostics.figures import (
 )
 from torchrl_recall.diagnostics.kernel import tabular_kernel
 from torchrl_recall.diagnostics.loggers import log_diagnostics
+from torchrl_recall.diagnostics.maze_figures import (
+    animate_traces,
+    draw_maze,
+    draw_traces,
+    plot_curves,
+)
 from torchrl_recall.diagnostics.replay import four_rooms_step, mujoco_step, tensordict_step
 from torchrl_recall.diagnostics.uniformity import (
     Calibration,
@@ -73,9 +82,12 @@ __all__ = [
     "MazeDivergence",
     "NegativeLogLikelihood",
     "OutsideData",
+    "animate_traces",
     "calibration",
     "compounding_error",
     "distance_to_data",
+    "draw_maze",
+    "draw_traces",
     "four_rooms_step",
     "goal_coverage",
     "held_out_likelihood",
@@ -90,6 +102,7 @@ __all__ = [
     "plot_bound",
     "plot_calibration",
     "plot_compounding_error",
+    "plot_curves",
     "plot_distance",
     "plot_divergence",
     "plot_fit",
