@@ -1,4 +1,4 @@
-"""Flat states from keys, without a model: for what looks at traces and at stored data.
+"""Entries, flat states and stored rows, without a model: for what looks at traces and at data.
 
 `ObservationCodec` does the same for the model, with its specs.
 """
@@ -13,30 +13,8 @@ from tensordict import LazyStackedTensorDict, NestedKey, TensorDict, TensorDictB
 from torch import Tensor
 from torchrl.data import ReplayBuffer, Storage
 
+from torchrl_recall.checks import check_tensor
 from torchrl_recall.model.observation import sorted_keys
-
-
-def as_keys(name: str, keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
-    """Return keys as a list: a string or a tuple is one (nested) key, a list several.
-
-    Args:
-        name (str): name of the argument, for refusals.
-        keys (NestedKey or list of NestedKey): the keys.
-
-    Returns:
-        list of NestedKey: at least one.
-
-    Raises:
-        ValueError: an empty list.
-
-    Examples:
-        >>> as_keys("in_keys", ("agent", "position")), as_keys("in_keys", ["x", "y"])
-        ([('agent', 'position')], ['x', 'y'])
-    """
-    found = [unravel_key(key) for key in ([keys] if isinstance(keys, str | tuple) else keys)]
-    if not found:
-        raise ValueError(f"{name} must name at least one key, got none.")
-    return found
 
 
 def entry(data: TensorDictBase, key: NestedKey, name: str = "the data") -> Tensor:
@@ -44,7 +22,7 @@ def entry(data: TensorDictBase, key: NestedKey, name: str = "the data") -> Tenso
     value = data.get(key, default=None)
     if value is None:
         raise KeyError(f"key {key!r} is missing from {name}, which has {sorted_keys(data)}.")
-    return value
+    return check_tensor(repr(key), value)
 
 
 def read_states(data: TensorDictBase, keys: Sequence[NestedKey]) -> Tensor:
@@ -107,6 +85,24 @@ def check_positive(name: str, value: Any) -> Tensor:
     return numbers
 
 
+def as_rows(found: Any) -> Any:
+    """Return what a storage gave as a TensorDict: a list of them, as lists hold it, stacked."""
+    if isinstance(found, list) and found and isinstance(found[0], TensorDictBase):
+        return LazyStackedTensorDict.lazy_stack(found)
+    return found
+
+
+def storage_rows(storage: Any, part: slice = slice(None)) -> TensorDictBase:
+    """Return rows of a storage, without a copy where it allows; refuse other than TensorDicts."""
+    found = as_rows(storage.get(part))
+    if not isinstance(found, TensorDictBase):
+        raise TypeError(
+            f"the storage must hold TensorDicts, got {type(storage).__name__} with "
+            f"{type(found).__name__}."
+        )
+    return found
+
+
 def stored_data(data: Any, name: str = "data") -> TensorDictBase:
     """Return what a buffer or storage holds, past the buffer's transforms, without a copy.
 
@@ -126,9 +122,7 @@ def stored_data(data: Any, name: str = "data") -> TensorDictBase:
         stored: Any = source
         if len(stored) == 0:
             raise ValueError(f"{name} is empty: nothing is stored yet.")
-        source = stored[:]
-        if isinstance(source, list) and isinstance(source[0], TensorDictBase):
-            source = LazyStackedTensorDict.lazy_stack(source)
+        source = as_rows(stored[:])
     if not isinstance(source, TensorDictBase):
         raise TypeError(
             f"{name} must be a TensorDict, or a Storage or ReplayBuffer that holds TensorDicts, "
