@@ -150,9 +150,14 @@ LABELS = {
     "dqn/known": "DQN + recall traces, goal known",
 }
 
-# A host without and with traces, whose training steps are timed side by side.
+# A host without and with traces, whose training steps are timed side by side. The light recipe is
+# no reported row: it says what the price would be, not what it buys.
+LIGHT = TracesSettings(updates=2, model_updates=2)
 COSTS: dict[str, tuple[Recipe, Recipe]] = {
     "A2C, the rows' recipe": (ROWS["a2c/plain"], ROWS["a2c/traces"]),
+    "A2C, 2 steps of imitation and of the model": (Recipe(A2C), Recipe(A2C, traces=LIGHT)),
     "PPO, the rows' recipe": (ROWS["ppo/plain"], ROWS["ppo/traces"]),
+    "PPO, 2 steps of imitation and of the model": (Recipe(PPO), Recipe(PPO, traces=LIGHT)),
     "DQN, the rows' recipe": (ROWS["dqn/plain"], ROWS["dqn/traces"]),
+    "DQN, 2 steps of imitation and of the model": (Recipe(DQN), Recipe(DQN, traces=LIGHT)),
 }
