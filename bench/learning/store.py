@@ -14,7 +14,7 @@ from bench.result_files import write_result
 
 FOLDER = RESULTS / "learning"
 ROOT = RESULTS.parent.parent
-CODE = ("torchrl_recall", "bench/learning")
+CODE = ("torchrl_recall", "bench/learning", ":(exclude)*.md")
 MEASURED = ("steps", "score", "seconds", "solved_at", "log")
 
 
