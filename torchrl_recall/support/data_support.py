@@ -18,7 +18,7 @@ from torchrl_recall.generators import carry_generator, own_generator, unpack_gen
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.state_reading import (
     check_positive,
-    check_size,
+    check_state_size,
     read_states,
     stored_data,
     usable_rows,
@@ -174,7 +174,7 @@ class DataSupport:
         """
         state = read_states(state, self.keys) if isinstance(state, TensorDictBase) else state
         fitted = known = self._fitted()
-        check_size(state, known.mean.shape[0])
+        check_state_size(state, known.mean.shape[0])
         if known.states.device != state.device:
             known = _References(*(part.to(state.device) for part in fitted))
             if self._known is fitted:  # and not fitted anew by another thread
