@@ -60,6 +60,10 @@ class DataSupport:
         num_neighbours (int): which neighbour's distance counts; larger ones forgive outliers less.
         quantile (float): in [0, 1].
         factor (float): above 0.
+        cell_size (float, optional): draw references evenly over where the data have been instead of
+            as often as they were there: one from each cell of this edge, in standard deviations,
+            before ``num_references`` of them are drawn. Data of a learner crowd around its start,
+            and what is rare, such as a frontier, would seldom be among the references.
         generator (torch.Generator, optional): draws the references, on the CPU. By default an own
             one, seeded from torch's.
 
@@ -85,6 +89,7 @@ class DataSupport:
         num_neighbours: int = 1,
         quantile: float = 0.95,
         factor: float = 1.5,
+        cell_size: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         if isinstance(observation, BacktrackModel):
@@ -96,6 +101,9 @@ class DataSupport:
         self.num_neighbours = check_at_least_one("num_neighbours", num_neighbours)
         self.quantile = check_real("quantile", quantile, 0.0, 1.0)
         self.factor = float(check_positive("factor", factor))
+        if cell_size is not None:
+            cell_size = float(check_positive("cell_size", cell_size))
+        self.cell_size = cell_size
         if generator is None:
             seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
             generator = torch.Generator().manual_seed(seed)
@@ -121,7 +129,8 @@ class DataSupport:
             TypeError: none of these kinds of data.
             ValueError: states that are not floating-point, or fewer than ``num_neighbours + 1``.
         """
-        states = _kept_rows(data, self.keys, self.num_references, self.generator)
+        number = None if self.cell_size is not None else self.num_references
+        states = _kept_rows(data, self.keys, number, self.generator)
         if not states.is_floating_point():
             raise ValueError(
                 f"{self.keys} hold {states.dtype}, expected floating-point states; CellSupport is "
@@ -132,6 +141,11 @@ class DataSupport:
                 f"data has {len(states)} finite states, expected more than num_neighbours="
                 f"{self.num_neighbours}."
             )
+        if self.cell_size is not None:
+            # In random order already: the first of a cell is a fair draw, as are the first cells.
+            spread = states.double().std(0, correction=0).clamp_min(FLOOR)
+            first = _first_of_cells(states.double() / spread / self.cell_size)
+            states = states[first[: max(self.num_references, self.num_neighbours + 1)]]
         states = states.double()
         std, mean = torch.std_mean(states, 0, correction=0)
         std = std.clamp_min(FLOOR)
@@ -229,11 +243,23 @@ class DataSupport:
         return distance.topk(k, largest=False).values[:, -1]
 
 
-def _kept_rows(data: Any, keys: list[NestedKey], number: int, generator: torch.Generator) -> Tensor:
+def _first_of_cells(scaled: Tensor) -> Tensor:
+    """Return the row of each cell's first state, in order; ``scaled`` is ``[n, D]`` in cells."""
+    cells = scaled.floor().long()
+    _, which = cells.unique(dim=0, return_inverse=True)
+    first = torch.full((int(which.max()) + 1,), len(cells), device=cells.device)
+    rows = torch.arange(len(cells), device=cells.device)
+    return first.scatter_reduce(0, which, rows, "amin").sort().values
+
+
+def _kept_rows(
+    data: Any, keys: list[NestedKey], number: int | None, generator: torch.Generator
+) -> Tensor:
     """Draw states ``[n, D]``, n <= number, among those that are finite and no padding."""
     source = stored_data(data).select(*keys, ("collector", "mask"), strict=False)
     shape = source.shape
     index = torch.randperm(shape.numel(), generator=generator)
+    number = shape.numel() if number is None else number
     found: list[Tensor] = []
     missing = number
     # One draw is enough unless there are gaps.

@@ -1,0 +1,1 @@
+"""Sparse continuous tasks: hosts, recall traces, controls and what they are run on."""

@@ -1,0 +1,73 @@
+"""All steps of a run, read by row or along each environment's time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+
+
+class History:
+    """What a learner has seen: a replay buffer that forgets nothing, with the past of each row.
+
+    Rollouts ``[E, T]`` come in one after the other, all of one shape; row ``i`` of the buffer is
+    step ``i % T`` of environment ``i // T % E`` of rollout ``i // (T E)``.
+
+    Args:
+        size: steps that are to fit.
+        keys: of the state; action, reward and ends are kept beside it.
+        batch_size: of a sample.
+        seed: of the samples.
+    """
+
+    def __init__(self, size: int, keys: tuple[str, ...], batch_size: int, seed: int) -> None:
+        self.keys = keys
+        self.buffer = TensorDictReplayBuffer(
+            storage=LazyTensorStorage(size),
+            batch_size=batch_size,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        self.shape = torch.Size([1, 1])
+
+    def extend(self, data: TensorDictBase) -> None:
+        """Add a rollout ``[E, T]``."""
+        self.shape = data.shape
+        ends = [("next", name) for name in ("reward", "done", "terminated")]
+        after = [("next", key) for key in self.keys]
+        self.buffer.extend(data.select(*self.keys, "action", *after, *ends).reshape(-1))
+
+    def __len__(self) -> int:
+        return len(self.buffer)
+
+    @property
+    def data(self) -> TensorDictBase:
+        """All steps, ``[N]``."""
+        storage: Any = self.buffer.storage
+        return storage[:]
+
+    def along_time(self, values: Tensor) -> Tensor:
+        """Lay ``[N, ...]`` out as ``[E, time, ...]``."""
+        envs, steps = self.shape
+        split = values.view(-1, envs, steps, *values.shape[1:]).transpose(0, 1)
+        return split.reshape(envs, -1, *values.shape[1:])
+
+    def row_before(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the row of the step before in the same environment, and if there is one."""
+        envs, steps = self.shape
+        first = row % steps == 0
+        before = torch.where(first, row - envs * steps + steps - 1, row - 1)
+        exists = before >= 0
+        before = before.clamp_min(0)
+        return before, exists & ~self.data["next", "done"][before, 0]
+
+    def past(self, row: Tensor, length: int) -> tuple[TensorDictBase, Tensor]:
+        """Return what really led to rows: steps ``[B, length]``, oldest first, and which exist."""
+        rows, kept = [row], [torch.ones_like(row, dtype=torch.bool)]
+        for _ in range(length - 1):
+            before, exists = self.row_before(rows[0])
+            rows.insert(0, before)
+            kept.insert(0, kept[0] & exists)
+        return self.data[torch.stack(rows, 1)], torch.stack(kept, 1)

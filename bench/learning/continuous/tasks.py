@@ -1,0 +1,131 @@
+"""The tasks: which environment to train in, what is scored, and the hosts' settings for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torchrl.envs import EnvBase
+
+from bench.learning.continuous.half_cheetah import SparseHalfCheetahEnv
+from bench.learning.continuous.mountain_car import SparseMountainCarEnv
+from torchrl_recall.envs import PointMazeEnv
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """Numbers of the PPO host, the same for all its variants."""
+
+    num_envs: int = 64
+    rollout_steps: int = 32
+    num_cells: int = 64
+    learning_rate: float = 1e-3
+    gamma: float = 0.98
+    lmbda: float = 0.95
+    epochs: int = 4
+    minibatch: int = 1024
+    clip: float = 0.2
+    entropy_coeff: float = 1e-3
+    max_grad_norm: float = 0.5
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Args:
+        make: the environment to train in, from its number of copies and the seed.
+        budget: environment steps.
+        test: the environment to score in; None is the same.
+        evaluate_every: iterations from one score to the next.
+        num_tests: episodes of a score.
+        keys: what the networks read, in this order.
+        shift: what is subtracted from the concatenated keys, one number each.
+        scale: what the result is divided by.
+        rarity_keys: on which keys the frontier is measured; empty is all of them.
+        score: ``"success"``, share of episodes with success; ``"reward"``, reward of an episode
+            divided by its length.
+    """
+
+    name: str
+    make: Callable[..., EnvBase]
+    budget: int
+    keys: tuple[str, ...]
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+    test: Callable[..., EnvBase] | None = None
+    evaluate_every: int = 4
+    num_tests: int = 32
+    rarity_keys: tuple[str, ...] = ()
+    score: str = "success"
+    ppo: PPOSettings = field(default_factory=PPOSettings)
+
+
+def make_maze(count: int, seed: int, **options: Any) -> PointMazeEnv:
+    """Return ``count`` point mazes."""
+    return PointMazeEnv(batch_size=(count,), seed=seed, **options)
+
+
+def make_car(count: int, seed: int, **options: Any) -> SparseMountainCarEnv:
+    """Return ``count`` mountain cars."""
+    return SparseMountainCarEnv((count,), seed=seed, **options)
+
+
+def make_cheetah(count: int, seed: int, **options: Any) -> SparseHalfCheetahEnv:
+    """Return ``count`` cheetahs."""
+    return SparseHalfCheetahEnv((count,), seed=seed, **options)
+
+
+def _maze_task(name: str, budget: int, maze: Any, height: int, width: int, **options: Any) -> Task:
+    maze_options = {"maze": maze, "step_size": 0.2} | options.pop("maze_options")
+    return Task(
+        name=name,
+        make=partial(make_maze, **maze_options),
+        budget=budget,
+        keys=("observation",),
+        shift=(width / 2, height / 2),
+        scale=(width / 2, height / 2),
+        **options,
+    )
+
+
+SPIRAL = (
+    "#######",
+    "#     #",
+    "# ### #",
+    "# #G  #",
+    "# #####",
+    "#    S#",
+    "#######",
+)
+
+TASKS = {
+    task.name: task
+    for task in (
+        _maze_task("u_maze", 40_960, "u", 5, 5, maze_options={"max_steps": 80}),
+        _maze_task("spiral", 81_920, SPIRAL, 7, 7, maze_options={"max_steps": 160}),
+        Task(
+            name="mountain_car",
+            make=make_car,
+            budget=65_536,
+            keys=("observation",),
+            shift=(-0.3, 0.0),
+            scale=(0.9, 0.07),
+            ppo=PPOSettings(num_envs=16, rollout_steps=128, gamma=0.99, minibatch=512),
+        ),
+        Task(
+            name="half_cheetah",
+            make=partial(make_cheetah, distance=5.0, max_steps=200),
+            budget=65_536,
+            keys=("position", "observation"),
+            shift=(0.0,) * 18,
+            scale=(5.0, *(1.0,) * 8, *(5.0,) * 9),
+            rarity_keys=("position",),
+            score="reward",
+            num_tests=8,
+            ppo=PPOSettings(num_envs=16, rollout_steps=128, gamma=0.99, minibatch=512),
+        ),
+    )
+}
