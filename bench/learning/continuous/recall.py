@@ -26,13 +26,16 @@ class RecallSettings:
     model_batch: int = 256
     model_cells: int = 64
     model_rate: float = 3e-3
+    lowest_log_scale: float = -3.0  # of a change of state, in standard deviations
+    even_share: float = 0.5  # of the model's batches: evenly over visited cells
+    even_cell: float = 0.25
     first_model_steps: int = 100  # at the first update, beside the others
     imitation_coeff: float = 0.3
     hold: int = 2
     radius: float = 0.25  # of last visit, in standard deviations
     num_references: int = 1024
     num_candidates: int = 4
-    support_cell: float | None = 0.25  # in standard deviations
+    support_cell: float | None = 0.15  # in standard deviations
     num_targets: int = 4
     frontier: bool = True  # before the first reward
     until_reward: bool = True
@@ -99,6 +102,8 @@ class RecallTraces:
             num_cells=(s.model_cells, s.model_cells),
             observation_keys=list(host.task.keys),
             stop=False,
+            # Dynamics without noise: without a floor the likelihood's peaks throw the model off.
+            delta_log_scale_range=(s.lowest_log_scale, 2.0),
         )
         self.model_loss = BacktrackLoss(self.model)
         self.model_optimizer = torch.optim.Adam(self.model.parameters(), lr=s.model_rate)
@@ -137,11 +142,33 @@ class RecallTraces:
     def fit(self) -> None:
         """Take the model's gradient steps of one update."""
         s = self.settings
-        for _ in range(s.model_steps + (s.first_model_steps if self.batch is None else 0)):
-            loss = self.model_loss(self.history.buffer.sample())["loss_backtrack"]
+        steps = s.model_steps + (s.first_model_steps if self.batch is None else 0)
+        data = self.history.data
+        rows = torch.randint(len(data), (steps, s.model_batch), generator=self.generator)
+        even = round(s.even_share * s.model_batch)
+        if even:
+            weight = 1 / self._crowd().double()
+            drawn = torch.multinomial(weight, steps * even, True, generator=self.generator)
+            rows[:, :even] = drawn.view(steps, even)
+        for batch in rows:
+            loss = self.model_loss(data[batch])["loss_backtrack"]
             self.model_optimizer.zero_grad()
             loss.backward()
             self.model_optimizer.step()
+
+
+    def _crowd(self) -> Tensor:
+        """Return how many rows share each row's cell, ``[N]``."""
+        data = self.history.data["next"]
+        state = torch.cat([data[key] for key in self.history.keys], -1)
+        cells = (state / state.std(0).clamp_min(1e-4) / self.settings.even_cell).floor().long()
+        # One number for each cell: sorting numbers is much faster than sorting rows.
+        cells -= cells.amin(0)
+        code = torch.zeros_like(cells[:, 0])
+        for column in cells.unbind(1):
+            code = code * (int(column.max()) + 1) + column
+        _, which, count = code.unique(return_inverse=True, return_counts=True)
+        return count[which]
 
 
 class RealPast(RecallTraces):

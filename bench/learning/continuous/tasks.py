@@ -21,7 +21,7 @@ class PPOSettings:
     num_envs: int = 64
     rollout_steps: int = 32
     num_cells: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     gamma: float = 0.98
     lmbda: float = 0.95
     epochs: int = 4
@@ -79,7 +79,7 @@ def make_cheetah(count: int, seed: int, **options: Any) -> SparseHalfCheetahEnv:
 
 
 def _maze_task(name: str, budget: int, maze: Any, height: int, width: int, **options: Any) -> Task:
-    maze_options = {"maze": maze, "step_size": 0.2} | options.pop("maze_options")
+    maze_options = {"maze": maze, "step_size": 0.25} | options.pop("maze_options")
     return Task(
         name=name,
         make=partial(make_maze, **maze_options),
@@ -104,8 +104,8 @@ SPIRAL = (
 TASKS = {
     task.name: task
     for task in (
-        _maze_task("u_maze", 40_960, "u", 5, 5, maze_options={"max_steps": 80}),
-        _maze_task("spiral", 81_920, SPIRAL, 7, 7, maze_options={"max_steps": 160}),
+        _maze_task("u_maze", 40_960, "u", 5, 5, maze_options={"max_steps": 60}),
+        _maze_task("spiral", 81_920, SPIRAL, 7, 7, maze_options={"max_steps": 120}),
         Task(
             name="mountain_car",
             make=make_car,
