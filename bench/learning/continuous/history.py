@@ -71,3 +71,38 @@ class History:
             rows.insert(0, before)
             kept.insert(0, kept[0] & exists)
         return self.data[torch.stack(rows, 1)], torch.stack(kept, 1)
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """Undo `along_time`."""
+        envs, steps = self.shape
+        split = values.view(envs, -1, steps, *values.shape[2:]).transpose(0, 1)
+        return split.reshape(-1, *values.shape[2:])
+
+    def returns(self, gamma: float) -> tuple[Tensor, Tensor]:
+        """Return each step's discounted return, and whether its episode has ended, ``[N]``."""
+        data = self.data
+        reward = self.along_time(data["next", "reward"][:, 0])
+        done = self.along_time(data["next", "done"][:, 0])
+        total, ended = torch.empty_like(reward), torch.empty_like(done)
+        following, end = torch.zeros_like(reward[:, 0]), torch.zeros_like(done[:, 0])
+        for t in reversed(range(reward.shape[1])):
+            end = done[:, t] | end
+            following = reward[:, t] + gamma * torch.where(done[:, t], 0.0, following)
+            total[:, t], ended[:, t] = following, end
+        return self.by_row(total), self.by_row(ended)
+
+    def first_steps(self) -> Tensor:
+        """Tell which rows begin an episode, ``[N]``."""
+        done = self.along_time(self.data["next", "done"][:, 0])
+        return self.by_row(torch.cat([torch.ones_like(done[:, :1]), done[:, :-1]], 1))
+
+    def episode_rows(self, first: Tensor) -> Tensor:
+        """Return all rows of the episodes that begin at these rows, one episode after another."""
+        done = self.along_time(self.data["next", "done"][:, 0])
+        place = self.along_time(torch.arange(len(self)))
+        number = (done.long().cumsum(1) - done.long()).long()  # of the episode in its environment
+        at = torch.empty(len(self), 2, dtype=torch.long)
+        at[place.flatten()] = torch.stack(
+            [torch.arange(len(done)).repeat_interleave(done.shape[1]), number.flatten()], 1
+        )
+        return torch.cat([place[e][number[e] == n] for e, n in at[first].tolist()])

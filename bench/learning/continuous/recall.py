@@ -23,11 +23,11 @@ class RecallSettings:
     num_traces: int = 32
     trace_steps: int = 40
     model_steps: int = 20
-    model_batch: int = 256
+    model_batch: int = 512
     model_cells: int = 64
     model_rate: float = 3e-3
     lowest_log_scale: float = -3.0  # of a change of state, in standard deviations
-    even_share: float = 0.5  # of the model's batches: evenly over visited cells
+    even_share: float = 1.0  # of the model's batches: evenly over visited cells
     even_cell: float = 0.25
     first_model_steps: int = 100  # at the first update, beside the others
     imitation_coeff: float = 0.3
@@ -160,7 +160,8 @@ class RecallTraces:
     def _crowd(self) -> Tensor:
         """Return how many rows share each row's cell, ``[N]``."""
         data = self.history.data["next"]
-        state = torch.cat([data[key] for key in self.history.keys], -1)
+        keys = self.host.task.rarity_keys or self.history.keys
+        state = torch.cat([data[key] for key in keys], -1)
         cells = (state / state.std(0).clamp_min(1e-4) / self.settings.even_cell).floor().long()
         # One number for each cell: sorting numbers is much faster than sorting rows.
         cells -= cells.amin(0)

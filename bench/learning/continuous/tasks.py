@@ -45,6 +45,9 @@ class Task:
         shift: what is subtracted from the concatenated keys, one number each.
         scale: what the result is divided by.
         rarity_keys: on which keys the frontier is measured; empty is all of them.
+        recall: what is changed of `RecallSettings`.
+        variants: the rows that are run.
+        mujoco: whether MuJoCo makes it, where fewer seeds are run.
         score: ``"success"``, share of episodes with success; ``"reward"``, reward of an episode
             divided by its length.
     """
@@ -60,7 +63,19 @@ class Task:
     num_tests: int = 32
     rarity_keys: tuple[str, ...] = ()
     score: str = "success"
+    recall: dict[str, Any] = field(default_factory=dict)
+    variants: tuple[str, ...] = ("plain", "traces", "real_past", "sil", "count", "best")
+    mujoco: bool = False
     ppo: PPOSettings = field(default_factory=PPOSettings)
+
+    def environment(self) -> dict[str, Any]:
+        """Return how the environments are made, as JSON holds it."""
+        made = {}
+        for name, make in (("train", self.make), ("test", self.test or self.make)):
+            options = dict(getattr(make, "keywords", {}))
+            options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+            made[name] = {"kind": getattr(make, "func", make).__name__, **options}
+        return made
 
 
 def make_maze(count: int, seed: int, **options: Any) -> PointMazeEnv:
@@ -106,6 +121,15 @@ TASKS = {
     for task in (
         _maze_task("u_maze", 40_960, "u", 5, 5, maze_options={"max_steps": 60}),
         _maze_task("spiral", 81_920, SPIRAL, 7, 7, maze_options={"max_steps": 120}),
+        _maze_task(
+            "fragments",
+            40_960,
+            "u",
+            5,
+            5,
+            maze_options={"max_steps": 5, "start": "any"},
+            test=partial(make_maze, maze="u", step_size=0.25, max_steps=60),
+        ),
         Task(
             name="mountain_car",
             make=make_car,
@@ -124,6 +148,8 @@ TASKS = {
             scale=(5.0, *(1.0,) * 8, *(5.0,) * 9),
             rarity_keys=("position",),
             score="reward",
+            mujoco=True,
+            recall={"support_cell": None},
             num_tests=8,
             ppo=PPOSettings(num_envs=16, rollout_steps=128, gamma=0.99, minibatch=512),
         ),
