@@ -114,9 +114,8 @@ class CountBonus:
     def __init__(self, host: Any, coeff: float = 0.02, cell: float = 0.1) -> None:
         self.host, self.coeff, self.cell = host, coeff, cell
         self.keys = host.task.rarity_keys or host.task.keys
-        width = sum(host.env.observation_spec[key].shape[-1] for key in self.keys)
-        self.shift = torch.tensor(host.task.shift[:width])
-        self.scale = torch.tensor(host.task.scale[:width])
+        inputs = [host.task.inputs[key] for key in self.keys]
+        self.shift, self.scale = (torch.tensor(sum((x[i] for x in inputs), ())) for i in (0, 1))
         self.visits: dict[tuple[int, ...], int] = {}
 
     def update(self, data: TensorDictBase) -> None:
@@ -150,12 +149,13 @@ class NoveltyBonus:
 
     def __init__(self, host: Any, coeff: float = 0.02) -> None:
         self.host, self.coeff = host, coeff
-        width = len(host.task.shift)
+        inputs = [host.task.inputs[key] for key in host.history.keys]
+        self.shift, self.scale = (torch.tensor(sum((x[i] for x in inputs), ())) for i in (0, 1))
+        width = len(self.shift)
 
         def network() -> nn.Sequential:
             return nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 32))
 
-        self.shift, self.scale = torch.tensor(host.task.shift), torch.tensor(host.task.scale)
         self.fixed, self.learned = network().requires_grad_(False), network()
         self.optimizer = torch.optim.Adam(self.learned.parameters(), lr=1e-3)
         self.squares, self.count = 0.0, 0
@@ -166,7 +166,7 @@ class NoveltyBonus:
 
     def update(self, data: TensorDictBase) -> None:
         """Add the bonus of a rollout to its rewards."""
-        state = torch.cat([data["next", key] for key in self.host.task.keys], -1)
+        state = torch.cat([data["next", key] for key in self.host.history.keys], -1)
         inputs = (state - self.shift) / self.scale
         with torch.no_grad():
             error = self._error(inputs)

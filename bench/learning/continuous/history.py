@@ -18,18 +18,12 @@ class History:
 
     Args:
         size: steps that are to fit.
-        keys: of the state; action, reward and ends are kept beside it.
-        batch_size: of a sample.
-        seed: of the samples.
+        keys: of the observations; action, reward and ends are kept beside them.
     """
 
-    def __init__(self, size: int, keys: tuple[str, ...], batch_size: int, seed: int) -> None:
+    def __init__(self, size: int, keys: tuple[str, ...]) -> None:
         self.keys = keys
-        self.buffer = TensorDictReplayBuffer(
-            storage=LazyTensorStorage(size),
-            batch_size=batch_size,
-            generator=torch.Generator().manual_seed(seed),
-        )
+        self.buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(size), batch_size=1)
         self.shape = torch.Size([1, 1])
 
     def extend(self, data: TensorDictBase) -> None:

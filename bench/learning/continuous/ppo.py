@@ -39,14 +39,22 @@ class Guide(Protocol):
 class Scaled(nn.Module):
     """A network of the concatenated observations, shifted and scaled."""
 
-    def __init__(self, task: Task, num_cells: int, *tail: nn.Module, outputs: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        keys: tuple[str, ...],
+        num_cells: int,
+        *tail: nn.Module,
+        outputs: int,
+    ) -> None:
         super().__init__()
         self.shift: Tensor
         self.scale: Tensor
-        self.register_buffer("shift", torch.tensor(task.shift), persistent=False)
-        self.register_buffer("scale", torch.tensor(task.scale), persistent=False)
+        shift, scale = (torch.tensor(sum((task.inputs[k][i] for k in keys), ())) for i in (0, 1))
+        self.register_buffer("shift", shift, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
         self.layers = nn.Sequential(
-            nn.Linear(len(task.shift), num_cells),
+            nn.Linear(len(shift), num_cells),
             nn.Tanh(),
             nn.Linear(num_cells, num_cells),
             nn.Tanh(),
@@ -84,21 +92,24 @@ class PPO:
         self.env = task.make(s.num_envs, seed)
         self.test = (task.test or task.make)(task.num_tests, EVALUATION_SEED)
         self.state = self.env._reset()
-        keys, size = list(task.keys), self.env.action_spec.shape[-1]
-        self.policy = policy = Scaled(task, s.num_cells, NormalParamExtractor(), outputs=2 * size)
-        value = Scaled(task, s.num_cells, outputs=1)
+        size = self.env.action_spec.shape[-1]
+        self.critic_keys = task.critic_keys or task.keys
+        self.policy = policy = Scaled(
+            task, task.keys, s.num_cells, NormalParamExtractor(), outputs=2 * size
+        )
+        value = Scaled(task, self.critic_keys, s.num_cells, outputs=1)
         # The first policy is the same everywhere, and no advantage is made of the critic's noise.
         for head in (policy.layers[-1], value.layers[-1]):
             with torch.no_grad():
                 head.weight *= 0.01
                 head.bias.zero_()
         self.actor = ProbabilisticActor(
-            TensorDictModule(policy, keys, ["loc", "scale"]),
+            TensorDictModule(policy, list(task.keys), ["loc", "scale"]),
             in_keys=["loc", "scale"],
             distribution_class=TanhNormal,
             return_log_prob=True,
         )
-        self.critic = TensorDictModule(value, keys, ["state_value"])
+        self.critic = TensorDictModule(value, list(self.critic_keys), ["state_value"])
         self.advantage = GAE(gamma=s.gamma, lmbda=s.lmbda, value_network=self.critic)
         self.ppo_loss = ClipPPOLoss(
             self.actor,
@@ -111,9 +122,13 @@ class PPO:
         self.optimizer = torch.optim.Adam(self.ppo_loss.parameters(), lr=s.learning_rate)
         frames = s.num_envs * s.rollout_steps
         self.iterations = self.budget // frames
-        self.history = History(frames * self.iterations, task.keys, 256, seed + 1)
+        self.history = History(frames * self.iterations, self._stored_keys())
         self.log: dict[str, list[float]] = {}
         self.guide = None if make_guide is None else make_guide(self)
+
+    def _stored_keys(self) -> tuple[str, ...]:
+        task = self.task
+        return tuple(dict.fromkeys([*task.keys, *self.critic_keys, *task.rarity_keys]))
 
     def note(self, name: str, value: float) -> None:
         """Append to the log."""

@@ -35,7 +35,7 @@ class RecallSettings:
     radius: float = 0.25  # of last visit, in standard deviations
     num_references: int = 1024
     num_candidates: int = 4
-    support_cell: float | None = 0.15  # in standard deviations
+    support_cell: float | None = 0.15  # in standard deviations; None: no support
     num_targets: int = 4
     frontier: bool = True  # before the first reward
     until_reward: bool = True
@@ -107,12 +107,14 @@ class RecallTraces:
         )
         self.model_loss = BacktrackLoss(self.model)
         self.model_optimizer = torch.optim.Adam(self.model.parameters(), lr=s.model_rate)
-        self.support = DataSupport(
-            self.model,
-            num_references=s.num_references,
-            cell_size=s.support_cell,
-            generator=torch.Generator().manual_seed(host.seed + 3),
-        )
+        self.support: DataSupport | None = None
+        if s.support_cell is not None:
+            self.support = DataSupport(
+                self.model,
+                num_references=s.num_references,
+                cell_size=s.support_cell,
+                generator=torch.Generator().manual_seed(host.seed + 3),
+            )
         self.transform = BacktrackTransform(
             self.model,
             num_steps=s.trace_steps,
@@ -136,7 +138,8 @@ class RecallTraces:
 
     def _traces(self) -> TensorDictBase:
         self.fit()
-        self.support.fit(self.history.buffer)
+        if self.support is not None:
+            self.support.fit(self.history.buffer)
         return self.transform(TensorDict({}, [self.settings.num_traces]))["trace"]
 
     def fit(self) -> None:
@@ -160,7 +163,7 @@ class RecallTraces:
     def _crowd(self) -> Tensor:
         """Return how many rows share each row's cell, ``[N]``."""
         data = self.history.data["next"]
-        keys = self.host.task.rarity_keys or self.history.keys
+        keys = self.host.task.rarity_keys or self.host.task.keys
         state = torch.cat([data[key] for key in keys], -1)
         cells = (state / state.std(0).clamp_min(1e-4) / self.settings.even_cell).floor().long()
         # One number for each cell: sorting numbers is much faster than sorting rows.
@@ -184,13 +187,14 @@ class RealPast(RecallTraces):
         data = history.data
         found = start.get(("collector", "mask"), torch.ones(s.num_traces, dtype=torch.bool))
         # A start is one of the seen states: this finds its row, at distance 0.
-        seen = torch.cat([data["next", key] for key in history.keys], -1)
-        state = torch.cat([start[key] for key in history.keys], -1)
+        keys = list(self.host.task.keys)
+        seen = torch.cat([data["next", key] for key in keys], -1)
+        state = torch.cat([start[key] for key in keys], -1)
         distinct, which = state.unique(dim=0, return_inverse=True)
         row = torch.stack([(seen - one).square().sum(-1).argmin() for one in distinct])[which]
         trace, kept = history.past(row, s.trace_steps)
         scale = seen.std(0).clamp_min(1e-4)
-        mask = LastVisitRadius(s.radius, scale=scale, in_keys=list(history.keys))(trace)
+        mask = LastVisitRadius(s.radius, scale=scale, in_keys=keys)(trace)
         mask = mask & kept & found.unsqueeze(-1)
         trace["collector"] = TensorDict({"mask": mask}, trace.shape)
         return trace

@@ -41,9 +41,10 @@ class Task:
         test: the environment to score in; None is the same.
         evaluate_every: iterations from one score to the next.
         num_tests: episodes of a score.
-        keys: what the networks read, in this order.
-        shift: what is subtracted from the concatenated keys, one number each.
-        scale: what the result is divided by.
+        keys: what the policy and the model read, in this order.
+        inputs: by key, what is subtracted from its numbers and what the result is divided by,
+            before the networks.
+        critic_keys: what the critic reads; empty is the same.
         rarity_keys: on which keys the frontier is measured; empty is all of them.
         recall: what is changed of `RecallSettings`.
         variants: the rows that are run.
@@ -56,8 +57,8 @@ class Task:
     make: Callable[..., EnvBase]
     budget: int
     keys: tuple[str, ...]
-    shift: tuple[float, ...]
-    scale: tuple[float, ...]
+    inputs: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
+    critic_keys: tuple[str, ...] = ()
     test: Callable[..., EnvBase] | None = None
     evaluate_every: int = 4
     num_tests: int = 32
@@ -100,8 +101,7 @@ def _maze_task(name: str, budget: int, maze: Any, height: int, width: int, **opt
         make=partial(make_maze, **maze_options),
         budget=budget,
         keys=("observation",),
-        shift=(width / 2, height / 2),
-        scale=(width / 2, height / 2),
+        inputs={"observation": ((width / 2, height / 2), (width / 2, height / 2))},
         **options,
     )
 
@@ -135,17 +135,20 @@ TASKS = {
             make=make_car,
             budget=65_536,
             keys=("observation",),
-            shift=(-0.3, 0.0),
-            scale=(0.9, 0.07),
+            inputs={"observation": ((-0.3, 0.0), (0.9, 0.07))},
             ppo=PPOSettings(num_envs=16, rollout_steps=128, gamma=0.99, minibatch=512),
         ),
         Task(
             name="half_cheetah",
             make=partial(make_cheetah, distance=5.0, max_steps=200),
             budget=65_536,
-            keys=("position", "observation"),
-            shift=(0.0,) * 18,
-            scale=(5.0, *(1.0,) * 8, *(5.0,) * 9),
+            # Whoever reads its place learns to run here and not there.
+            keys=("observation",),
+            critic_keys=("position", "observation"),
+            inputs={
+                "position": ((0.0,), (5.0,)),
+                "observation": ((0.0,) * 17, (*(1.0,) * 8, *(5.0,) * 9)),
+            },
             rarity_keys=("position",),
             score="reward",
             mujoco=True,

@@ -41,7 +41,7 @@ VARIANTS = {
     "real_past": Variant("PPO + real past of the same states", RealPast, {}, recalls=True),
     "sil": Variant("PPO + SIL", SelfImitation, {}),
     "best": Variant("PPO + best real trajectories", BestTrajectories, {}),
-    "count": Variant("PPO + count bonus", CountBonus, {}),
+    "count": Variant("PPO + count bonus", CountBonus, {"coeff": 0.1}),
     "rnd": Variant("PPO + RND bonus", NoveltyBonus, {}),
 }
 
