@@ -129,6 +129,9 @@ TASKS = {
             5,
             maze_options={"max_steps": 5, "start": "any"},
             test=partial(make_maze, maze="u", step_size=0.25, max_steps=60),
+            # Goals are found at once: long traces, to where fragments do not begin.
+            recall={"trace_steps": 100, "imitation_coeff": 1.0},
+            variants=("plain", "traces", "real_past", "sil"),
         ),
         Task(
             name="mountain_car",
