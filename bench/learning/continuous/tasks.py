@@ -143,8 +143,8 @@ TASKS = {
         ),
         Task(
             name="half_cheetah",
-            make=partial(make_cheetah, distance=5.0, max_steps=200),
-            budget=65_536,
+            make=partial(make_cheetah, distance=3.0, max_steps=200),
+            budget=49_152,
             # Whoever reads its place learns to run here and not there.
             keys=("observation",),
             critic_keys=("position", "observation"),
@@ -155,8 +155,9 @@ TASKS = {
             rarity_keys=("position",),
             score="reward",
             mujoco=True,
-            recall={"support_cell": None},
-            num_tests=8,
+            recall={"support_cell": None, "trace_steps": 15, "hold": 1, "imitation_coeff": 0.03},
+            variants=("plain", "traces", "real_past", "sil", "count"),
+            num_tests=16,
             ppo=PPOSettings(num_envs=16, rollout_steps=128, gamma=0.99, minibatch=512),
         ),
     )
