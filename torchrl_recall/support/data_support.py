@@ -127,7 +127,8 @@ class DataSupport:
         Raises:
             KeyError: a key is missing.
             TypeError: none of these kinds of data.
-            ValueError: states that are not floating-point, or fewer than ``num_neighbours + 1``.
+            ValueError: states that are not floating-point, or fewer than ``num_neighbours + 1`` of
+                them, or of cells they lie in.
         """
         number = None if self.cell_size is not None else self.num_references
         states = _kept_rows(data, self.keys, number, self.generator)
@@ -146,6 +147,11 @@ class DataSupport:
             spread = states.double().std(0, correction=0).clamp_min(FLOOR)
             first = _first_of_cells(states.double() / spread / self.cell_size)
             states = states[first[: max(self.num_references, self.num_neighbours + 1)]]
+            if len(states) <= self.num_neighbours:
+                raise ValueError(
+                    f"data lie in {len(states)} cell(s) of cell_size="
+                    f"{self.cell_size}, expected more than num_neighbours={self.num_neighbours}."
+                )
         states = states.double()
         std, mean = torch.std_mean(states, 0, correction=0)
         std = std.clamp_min(FLOOR)

@@ -1,4 +1,4 @@
-"""Recall traces beside the host: to the frontier until the first reward, then to rewarded states."""
+"""Recall traces beside the host: to the frontier, and after the first reward to rewarded states."""
 
 from __future__ import annotations
 
@@ -158,7 +158,6 @@ class RecallTraces:
             self.model_optimizer.zero_grad()
             loss.backward()
             self.model_optimizer.step()
-
 
     def _crowd(self) -> Tensor:
         """Return how many rows share each row's cell, ``[N]``."""

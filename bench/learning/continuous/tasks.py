@@ -106,21 +106,10 @@ def _maze_task(name: str, budget: int, maze: Any, height: int, width: int, **opt
     )
 
 
-SPIRAL = (
-    "#######",
-    "#     #",
-    "# ### #",
-    "# #G  #",
-    "# #####",
-    "#    S#",
-    "#######",
-)
-
 TASKS = {
     task.name: task
     for task in (
         _maze_task("u_maze", 40_960, "u", 5, 5, maze_options={"max_steps": 60}),
-        _maze_task("spiral", 81_920, SPIRAL, 7, 7, maze_options={"max_steps": 120}),
         _maze_task(
             "fragments",
             40_960,
