@@ -29,6 +29,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from bench.machine import RESULTS, describe
+from bench.result_files import write_result
 from torchrl_recall import BacktrackModel, fit, sample_traces
 from torchrl_recall.demo.report import half_width
 from torchrl_recall.diagnostics import (
@@ -231,7 +232,7 @@ def main() -> None:
                 measure = control if name in CONTROLS else run
                 for result in reversed(measure(task_name, tasks[task_name], name, seed)):
                     file = FOLDER / f"{task_name}_{result['model']}_{seed}.json"
-                    file.write_text(json.dumps({**result, "machine": machine}) + "\n")
+                    write_result(file, {**result, "machine": machine}, indent=None)
                     print(task_name, result["model"], seed, result["median"], flush=True)
 
 

@@ -27,6 +27,16 @@ COLOURS = {
     "sample_traces, tf32": "#999999",
     "sample_traces, float16": "#666666",
 }
+# And marks, which greyscale keeps.
+HATCHES = {
+    "TensorDictModule loop": "////",
+    "mbrl-lib ModelEnv": "....",
+    "torch.compile": "xxxx",
+    "CUDA graph": "----",
+    "sample_traces, eager": "\\\\\\\\",
+    "sample_traces, tf32": "++++",
+    "sample_traces, float16": "oo",
+}
 MARKERS = {"TorchRL rollout": "o", "JAX jit(scan)": "s"}
 AXES = {"B": "traces B", "T": "steps T", "D": "observations D", "h": "width h"}
 FONT: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
@@ -52,6 +62,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
         panels = right.subplots(2, 2, sharey=True)
         for axes, axis in zip(panels.flat, AXES, strict=True):
             _curves(axes, axis, [record for record in scaling if record["axis"] == axis])
+        lines, peers = panels[0, 0].get_legend_handles_labels()
+        right.legend(lines, peers, loc="outside lower center", ncols=2, frameon=False)
         right.supylabel("time / sample_traces", fontsize=9)
         figure.savefig(path, dpi=200)
         plt.close(figure)
@@ -72,6 +84,9 @@ def _bars(axes: Axes, records: list[dict[str, Any]]) -> None:
                 height,
                 left=1,
                 color=COLOURS[other],
+                hatch=HATCHES.get(other),
+                edgecolor="white",
+                linewidth=0,
                 label=None if other in seen else other,
                 xerr=[[max(ratio - low, 0)], [max(high - ratio, 0)]],
                 error_kw={"elinewidth": 0.8},
@@ -116,7 +131,9 @@ def _curves(axes: Axes, axis: str, records: list[dict[str, Any]]) -> None:
     for other, marker in MARKERS.items():
         points = [(r["value"], r["ratios"][other]) for r in records if other in r["ratios"]]
         if points:
-            axes.plot(*zip(*points, strict=True), marker, ls="-", ms=4, color=COLOURS[other])
+            axes.plot(
+                *zip(*points, strict=True), marker, ls="-", ms=4, color=COLOURS[other], label=other
+            )
     axes.axhline(1, color="black", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

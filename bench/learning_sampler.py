@@ -28,6 +28,7 @@ import torch
 from tensordict import TensorDictBase
 
 from bench.machine import RESULTS, describe
+from bench.result_files import write_result
 from torchrl_recall import ValueRefresh, transition_value
 from torchrl_recall.demo import train
 from torchrl_recall.demo.report import half_width
@@ -128,7 +129,8 @@ def main() -> None:
             file = FOLDER / f"{way}_{arguments.size}_{seed}.json"
             if file.exists() or arguments.report or time.monotonic() > end:
                 continue
-            file.write_text(json.dumps(run(way, seed, arguments.size, arguments.steps)))
+            result = run(way, seed, arguments.size, arguments.steps)
+            write_result(file, result, indent=None)
             print(file.read_text(), flush=True)
     runs = [json.loads(file.read_text()) for file in sorted(FOLDER.glob(f"*_{arguments.size}_*"))]
     result = {

@@ -3,7 +3,7 @@
 A case is named by its number alone. What may come of it: success with the contract kept, or a
 ValueError, KeyError or TypeError that names an argument or a key, and then nothing was changed.
 Everything else is a finding. The calls run in a process of their own, so that a crash or a hang is
-a finding, too.
+a finding, too. That process works in a directory of its own, which must stay empty.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import os
+import pathlib
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -30,6 +34,7 @@ REFUSALS = (ValueError, KeyError, TypeError)
 # Where the library calls TorchRL's own buffer, or functions that users give it.
 OF_OTHERS = (".extend(", "self.refresh()", "self.weight(", "self.start(", "support(candidates)")
 HANG = 60.0  # seconds that no case takes
+START = 600.0  # nor the start of a process, on a busy machine
 
 
 def make_case(number):
@@ -98,15 +103,28 @@ def _worker(start, stop):
     torch.set_num_threads(1)
     for number in range(start, stop):
         print(json.dumps({"begins": number}), flush=True)
-        print(json.dumps(run_case(number)), flush=True)
+        report = run_case(number)
+        written = sorted(path.name for path in pathlib.Path().iterdir())
+        if written:
+            report |= {"outcome": "wrote here", "error": f"{written}"}
+            for path in pathlib.Path().iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        print(json.dumps(report), flush=True)
 
 
 def run_all(start, stop):
     """Run cases in a process that is started again after a crash or a hang; yield reports."""
+    script, folder = str(pathlib.Path(__file__).resolve()), tempfile.TemporaryDirectory()
+    # The worker imports what this process imports, from wherever that was started.
+    found = os.pathsep.join(path or os.getcwd() for path in sys.path)
     while start < stop:
-        command = [sys.executable, __file__, "--worker", str(start), str(stop)]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, script, "--worker", str(start), str(stop)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=folder.name,
+            env={**os.environ, "PYTHONPATH": found},
         )
         lines: Queue[str] = Queue()
 
@@ -122,17 +140,17 @@ def run_all(start, stop):
 
         for task in (read, drain):
             threading.Thread(target=task, daemon=True).start()
-        running = start
+        running, limit = start, START
         while True:
             try:
-                line = lines.get(timeout=HANG)
+                line = lines.get(timeout=limit)
             except Empty:
                 line, hangs = "", True
             else:
                 hangs = False
             if not line:
                 break
-            report = json.loads(line)
+            report, limit = json.loads(line), HANG
             if "begins" in report:
                 running = report["begins"]
                 continue
@@ -144,6 +162,7 @@ def run_all(start, stop):
             outcome = "hang" if hangs else f"crash ({code})"
             yield {"case": running, "target": "?", "spoilt": [], "outcome": outcome, "error": ""}
             start = running + 1
+    folder.cleanup()
 
 
 def main():

@@ -1,10 +1,16 @@
-"""Processes as Linux shows them in /proc, found by what they inherit and what they are called."""
+"""Processes as Linux shows them in /proc, by what they inherit and are called; and Ray's start."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import time
+import warnings
+from contextlib import ExitStack
 from pathlib import Path
+
+import pytest
 
 
 def _read(pid, name):
@@ -49,3 +55,24 @@ def wait_until(condition, seconds):
             return True
         time.sleep(0.1)
     return False
+
+
+@contextlib.contextmanager
+def ray_or_skip(num_cpus):
+    """Ray, started here and ended at last; the test is skipped where Ray does not start."""
+    import ray
+
+    from torchrl_recall.demo.ray_collectors import ray_running
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own, while it starts
+        running, reason = ExitStack(), ""
+        try:
+            running.enter_context(ray_running(num_cpus))
+        except Exception as error:  # its own services have 15 seconds, or Ray gives up
+            reason = str(error)
+        if reason:
+            gc.collect()  # while its warnings of what it left are ignored
+            pytest.skip(f"Ray does not start here: {reason}")
+        with running:
+            yield ray

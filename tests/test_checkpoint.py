@@ -138,6 +138,8 @@ def test_refusals(tmp_path):
         RecallCheckpoint(tmp_path)
     with pytest.raises(TypeError, match="policy is a function"):
         RecallCheckpoint(tmp_path, policy=lambda x: x)
+    with pytest.raises(ValueError, match="directory is ''"):
+        RecallCheckpoint("", numbers={"a": 1})
     with pytest.raises(ValueError, match="keep_last must be at least 1"):
         RecallCheckpoint(tmp_path, keep_last=0, model=BacktrackModel(3, 1, num_cells=(4,)))
     with pytest.raises(ValueError, match="global_rng"):
@@ -157,3 +159,12 @@ def test_generators_are_restored_in_place(tmp_path):
     checkpoint.load_latest()
     assert torch.equal(torch.rand(3, generator=generator), drawn[0])
     assert torch.equal(torch.rand(3), drawn[1])
+
+
+def test_saves_where_it_is_told(tmp_path, monkeypatch):
+    """The working directory only if it is named."""
+    monkeypatch.chdir(tmp_path)
+    RecallCheckpoint("runs/a", numbers={"a": 1}).save(1)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    RecallCheckpoint(".", numbers={"a": 1}).save(1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000000000001", "runs"]

@@ -9,8 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
-from importlib import import_module
 
 import pytest
 import torch
@@ -26,6 +24,7 @@ from torchrl_recall import (
     sample_traces,
 )
 from torchrl_recall.native import interface
+from torchrl_recall.starts import NextStates
 
 pytestmark = [
     # tensordict reads a setting that torch 2.15 has retired; torch 2.13 warns of its own tracing.
@@ -102,13 +101,11 @@ class TestCompiled:
         model = BacktrackModel(3, ACTIONS[kind], num_cells=(8,), **options)
         check_compiled(model.log_prob, real_data(ACTIONS[kind], BATCH))
 
+    @pytest.mark.filterwarnings("ignore:The distutils package:DeprecationWarning")
     @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
     def test_by_inductor(self, monkeypatch):
         """The paper's plain form, imitation and model in one, as it would be trained."""
         monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no pool of processes
-        with warnings.catch_warnings():  # setuptools', of what other tests imported before it
-            warnings.simplefilter("ignore")
-            import_module("torch.utils.cpp_extension")
         loss, data = make_losses()["both"]
         twin = copy.deepcopy(loss)
         torch._dynamo.reset()
@@ -132,6 +129,94 @@ class TestCompiled:
         assert states.shape == (BATCH, 4, 3)
         assert mask.all()
         assert not torch.equal(states, compiled(state)[0])
+
+
+TRANSFORMS = {
+    "plain": ({}, {}),
+    "stop": ({"action": Categorical(4), "stop": True}, {"num_traces": 3}),
+    "ensemble": ({"num_members": 2}, {}),
+    "support": ({}, {"support": lambda state: state[..., 0] > -5, "num_candidates": 2}),
+    "filtered": ({}, {"min_value": 0.0, "masks": [lambda trace: trace["observation"][..., 0] > 0]}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:sample_traces falls back")
+class TestCompiledTransform:
+    """`BacktrackTransform.forward` in one graph."""
+
+    def make(self, name, **more):
+        model, options = TRANSFORMS[name]
+        torch._dynamo.reset()
+        return BacktrackTransform(make_model(**model), num_steps=4, **options, **more)
+
+    def compiled(self, function, fullgraph=True):
+        return torch.compile(function, fullgraph=fullgraph, backend="aot_eager")
+
+    @pytest.mark.parametrize("name", TRANSFORMS)
+    def test_traces(self, name):
+        transform, data = self.make(name), transitions(BATCH)
+        data["value_target"] = torch.linspace(-1, 1, BATCH).unsqueeze(-1)
+        data["collector", "mask"] = torch.arange(BATCH) != BATCH - 1
+        run = self.compiled(transform)
+        traces = [run(data.clone())["trace"] for _ in range(2)]
+        for trace in traces:
+            rows = trace if trace.ndim == 2 else trace[:, 0]
+            following = rows["next", "observation"]
+            assert torch.equal(following[:-1, -1], data["next", "observation"][:-1])
+            assert torch.equal(following[:, :-1], rows["observation"][:, 1:])
+            kept = trace["collector", "mask"]
+            assert kept.any()
+            assert not kept[-1].any()
+            if name == "filtered":
+                assert not kept[: BATCH // 2].any()
+                assert torch.equal(
+                    kept[BATCH // 2 : -1], trace["observation"][BATCH // 2 : -1, :, 0] > 0
+                )
+            if name == "plain":  # they are the model's own
+                terms = transform.model.step_log_prob(*transform.model.read(trace))
+                for key in ("action", "delta"):
+                    torch.testing.assert_close(
+                        trace[f"{key}_log_prob"], terms[key].detach(), rtol=1e-4, atol=1e-4
+                    )
+        assert not torch.equal(traces[0]["observation"], traces[1]["observation"])
+
+    def test_draws_from_torchs_own_generator(self):
+        transform = self.make("plain")
+        before, data = transform.generator.get_state(), transitions(BATCH)
+        run = self.compiled(transform)
+        torch.manual_seed(5)
+        first = run(data.clone())["trace"]
+        torch.manual_seed(5)
+        assert torch.equal(run(data.clone())["trace", "observation"], first["observation"])
+        assert torch.equal(transform.generator.get_state(), before)
+
+    def test_follows_the_model(self):
+        transform, data = self.make("stop"), transitions(BATCH)
+        run = self.compiled(transform)
+        assert not bool((run(data.clone())["trace", "action"] == 2).all())
+        with torch.no_grad():
+            transform.model.action_network[-1].bias[2] = 100.0
+        assert bool((run(data.clone())["trace", "action"] == 2).all())
+
+    def test_with_start_the_graph_breaks_and_the_generator_serves_on(self):
+        data, transform = transitions(BATCH), self.make("plain", start=NextStates())
+        run, traces = self.compiled(transform, fullgraph=False), []
+        for seed in (3, 3, 4):
+            transform.generator.manual_seed(seed)
+            traces.append(run(data.clone())["trace", "observation"])
+        assert torch.equal(traces[0], traces[1])
+        assert not torch.equal(traces[0], traces[2])
+
+    def test_from_sample_to_loss_in_one_graph(self):
+        transform, loss = self.make("plain"), RecallTraceLoss(make_actor())
+        data = transitions(BATCH)
+        torch.manual_seed(1)
+        found = self.compiled(lambda batch: loss(transform(batch))["loss_imitation"])(data.clone())
+        found.backward()
+        assert all(bool(g.any()) for g in gradients(loss))
+        torch.manual_seed(1)
+        trace = self.compiled(transform)(data.clone())
+        torch.testing.assert_close(found, loss(trace)["loss_imitation"], rtol=1e-4, atol=1e-5)
 
 
 class TestMixedPrecision:

@@ -245,10 +245,11 @@ def test_wrong_arguments():
     model, data = BacktrackModel(3, 2, num_cells=(8,)), random_transitions(5)
     with pytest.raises(TypeError, match="BacktrackModel"):
         calibration(torch.nn.Linear(1, 1), data)
-    with pytest.raises(ValueError, match="'action' or 'delta', got 'stop'"):
+    with pytest.raises(ValueError, match=r"factor must be one of .*, got 'stop'"):
         calibration(model, data, factor="stop")
-    with pytest.raises(ValueError, match="levels"):
-        calibration(model, data, levels=(1.5,))
+    for level in (1.5, 1.0, 0.0):
+        with pytest.raises(ValueError, match=rf"levels must lie in \(0.0, 1.0\), got {level}"):
+            calibration(model, data, levels=(0.5, level))
     with pytest.raises(TypeError, match="Linear"):
         value_cdf(torch.nn.Linear(1, 1), torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1))
     lattice = BacktrackModel(1, Categorical(2), num_cells=(8,), delta_support=torch.tensor([[1.0]]))

@@ -160,6 +160,9 @@ def test_wrong_goals():
         goal_coverage(torch.ones(3))
     with pytest.raises(ValueError, match="at least one goal"):
         goal_coverage(torch.ones(0, dtype=torch.bool))
+    for confidence in (0.0, 1.0):
+        with pytest.raises(ValueError, match=r"confidence must lie in \(0.0, 1.0\)"):
+            goal_coverage(torch.ones(3, dtype=torch.bool), confidence=confidence)
     with pytest.raises(ValueError, match=r"\[\*G, D\]"):
         reached_goals(torch.zeros(3, 2), torch.zeros(3, 1), 0.1)
     with pytest.raises(ValueError, match="at least one state"):

@@ -25,7 +25,7 @@ from torchrl.envs.transforms.rb_transforms import NextStateReconstructor
 
 from torchrl_recall import BacktrackModel, fit
 from torchrl_recall.diagnostics import held_out_likelihood, maze_divergence
-from torchrl_recall.fitting import split_rows
+from torchrl_recall.held_out import split_rows
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from torchrl.data import (
 
 from torchrl_recall import BacktrackLoss, BacktrackModel, fit
 from torchrl_recall.diagnostics import held_out_likelihood
-from torchrl_recall.fitting import split_rows
+from torchrl_recall.held_out import split_rows
 
 
 @pytest.fixture(autouse=True)
@@ -196,13 +196,16 @@ class TestRefuses:
             ({"num_steps": 0}, "num_steps must be at least 1"),
             ({"batch_size": 0}, "batch_size must be at least 1"),
             ({"learning_rate": -1.0}, "learning_rate must lie in"),
-            ({"held_out": 1.0}, "leaves 0 rows to fit"),
+            ({"held_out": 1.0}, r"held_out must lie in \[0.0, 1.0\), got 1.0"),
+            ({"held_out": 0.99}, "leaves 0 rows to fit"),
+            ({"learning_rate": float("inf")}, r"learning_rate must lie in \[0.0, inf\), got inf"),
             ({"held_out": 1.5}, "held_out must lie in"),
             ({"patience": 0}, "patience must be at least 1"),
             ({"patience": 1, "held_out": 0.0}, "patience needs held_out rows"),
             ({"evaluate_every": 0}, "evaluate_every must be at least 1"),
-            ({"schedule": "linear"}, "schedule must be 'constant' or 'cosine'"),
+            ({"schedule": "linear"}, "schedule must be one of"),
             ({"max_grad_norm": -1.0}, "max_grad_norm must lie in"),
+            ({"max_grad_norm": 0.0}, r"max_grad_norm must lie in \(0.0, inf\], got 0.0"),
         ],
     )
     def test_numbers(self, options, message):

@@ -14,7 +14,8 @@ CASES = 30  # of each target
 
 
 @pytest.mark.parametrize("target", sorted(ALL_TARGETS))
-def test_no_call_breaks_anything(target):
+def test_no_call_breaks_anything(target, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     first = sorted(ALL_TARGETS).index(target)
     numbers = range(first, first + CASES * len(ALL_TARGETS), len(ALL_TARGETS))
     reports = [run_case(number) for number in numbers]
@@ -23,6 +24,7 @@ def test_no_call_breaks_anything(target):
     assert not bad, bad[0]
     # Both kinds of case are there, or nothing was tried.
     assert {report["outcome"] for report in reports} == {"success", "refused"}
+    assert not list(tmp_path.iterdir()), "a call wrote into the working directory"
 
 
 def test_a_number_names_a_case():

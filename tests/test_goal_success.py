@@ -90,7 +90,7 @@ def test_feeds_goal_gan():
 
 def test_refusals():
     data = steps()
-    with pytest.raises(KeyError, match=r"no entry .*desired"):
+    with pytest.raises(KeyError, match=r"key .*desired.* is missing from"):
         success_rates(data, goal_key="desired")
     bad = data.clone()
     bad["goal"][bad["next", "done"][..., 0]] = math.nan

@@ -122,20 +122,17 @@ class TestHosts:
         assert dqn.policy()[8].tolist() == [0.25] * 4  # all exploration at first
         assert dqn.judged()[8, best].item() == pytest.approx(0.95 + 0.05 / 4)
 
-    @pytest.mark.parametrize("alpha", [0.0, 0.6])
-    def test_dqn_learns_the_optimal_values(self, alpha):
+    def test_dqn_learns_the_optimal_values(self):
         env = Task(5).data(16)
-        settings = replace(
-            SMALL_DQN, num_envs=16, num_cells=64, updates=8, batch_size=64, gamma=0.9
-        )
         torch.manual_seed(0)
-        host = DQN(env, replace(settings, alpha=alpha, tau=0.05), 4096)
+        settings = replace(SMALL_DQN, num_envs=16, num_cells=64, updates=8, batch_size=64)
+        host = DQN(env, replace(settings, alpha=0.6, gamma=0.8, tau=0.1), 4096)
         mine = Walker(env, 0)
-        for _ in range(60):
+        for _ in range(40):
             host.learn(mine.rollout(uniform(5), 8))
         values = host.network(host.cells).max(-1).values.view(5, 5)
         # From the start four steps lead to the goal.
-        assert values[1, 1].item() == pytest.approx(0.9**3, abs=0.03)
+        assert values[1, 1].item() == pytest.approx(0.8**3, abs=0.05)
         assert success(FourRoomsEnv(5), host.judged()) > 0.9
 
 

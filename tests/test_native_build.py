@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -42,10 +42,15 @@ def compiler():
     return next((name for name in names if name and shutil.which(name.split()[0])), None)
 
 
+def is_installed(distribution):
+    """Ask the metadata: looking for the module `pip` switches setuptools' distutils off."""
+    return any(importlib.metadata.distributions(name=distribution))
+
+
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the tests are not in a checkout"),
     pytest.mark.skipif(
-        not all(map(importlib.util.find_spec, ("setuptools", "pip"))),
+        not all(map(is_installed, ("setuptools", "pip"))),
         reason="building needs setuptools and pip",
     ),
 ]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from test_priorities_levels import uniforms
 
-from bench.hundred_million import LIMITS, measure_apart
 from torchrl_recall.native import interface
 from torchrl_recall.priorities.native import NativePriorities
 from torchrl_recall.priorities.weights import Parameters
@@ -115,11 +112,3 @@ def test_no_memory_is_an_error_and_then_all_goes_on(parameters, monkeypatch):
     got = priorities.draw(uniforms(9), 50_000, parameters, 0.5)
     expected = holding(values, sets_here()[-1]).draw(uniforms(9), 50_000, parameters, 0.5)
     assert all(map(torch.equal, got, expected))
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
-@pytest.mark.parametrize("mode", LIMITS)
-def test_bytes_of_an_entry(mode):
-    run = measure_apart(4_000_000, mode)
-    values_alone = 4.0
-    assert values_alone <= run["peak_bytes"] <= LIMITS[mode]

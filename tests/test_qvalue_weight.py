@@ -8,7 +8,7 @@ from loss_data import ACTIONS, CLASSES, WIDTH, close, gradients, make_actor, rec
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
-from torchrl.envs.utils import ExplorationType
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueOperator
 from torchrl.objectives import A2CLoss, DiscreteSACLoss, SACLoss, TD3Loss
 from weight_data import WeightedContract, make_critic, weigh
@@ -109,6 +109,19 @@ class TestPairs:
         assert first == second
         loss.deterministic_sampling_mode = ExplorationType.RANDOM
         assert loss(data)["trace_weight"] != loss(data)["trace_weight"]
+
+    @pytest.mark.parametrize("kind", ["tanh", "normal"])
+    def test_called_directly(self, kind):
+        """Without a loss around it: no chance, and the numbers of the loss, unless asked for."""
+        q, actor, data = make_q(), make_actor(kind), recall(4, 5, kind=kind, mask=False)
+        weight = QValueWeight(q, actor=actor)
+        trace, kept = data["trace"], torch.ones(4, 5, dtype=torch.bool)
+        first = weight(trace, data, kept)
+        close(first, weight(trace, data, kept), rtol=0, atol=0)
+        within = RecallTraceLoss(actor, weight=weight)(data)["trace_weight"]
+        close(first.mean(), within)
+        with set_exploration_type(ExplorationType.RANDOM):
+            assert not torch.equal(weight(trace, data, kept), weight(trace, data, kept))
 
     def test_junk_where_masked(self):
         q, actor, data = make_q(), make_actor(), recall(4, 5)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import uuid
-import warnings
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from processes import command_of, marked, ray_workers, wait_until
+from processes import command_of, marked, ray_or_skip, ray_workers, wait_until
 from tensordict import TensorDict
 
 from torchrl_recall.demo.train import A2C, Settings
@@ -52,22 +49,8 @@ def _deadline():
 
 @pytest.fixture(scope="module")
 def ray():
-    import ray
-
-    from torchrl_recall.demo.ray_collectors import ray_running
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ray's own, while it starts
-        running, reason = ExitStack(), ""
-        try:
-            running.enter_context(ray_running(4))
-        except Exception as error:  # its own services have 15 seconds, or Ray gives up
-            reason = str(error)
-        if reason:
-            gc.collect()  # while its warnings of what it left are ignored
-            pytest.skip(f"Ray does not start here: {reason}")
-        with running:
-            yield ray
+    with ray_or_skip(4) as started:
+        yield started
 
 
 def steps_of(count):

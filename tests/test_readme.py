@@ -1,14 +1,17 @@
-"""What the README shows is what the tests run."""
+"""What README and pages show is what the tests run and what commands draw from results."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import five_lines
 import pytest
+import test_integration
 
 from bench.learning import goal_coverage
 from bench.learning import report as ablation
@@ -17,25 +20,62 @@ from torchrl_recall.demo.report import table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LEARNING = (ROOT / "docs" / "learning.md").read_text()
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+# What a build of the site copies there.
+COPIED = {"changelog.md", "contributing.md", "results.md"}
 
 
-def test_the_snippets_are_the_integration_tests():
-    source = (ROOT / "tests" / "test_integration.py").read_text()
-    assert len(SNIPPETS) == 2
-    for snippet in SNIPPETS:
-        assert snippet.strip() in source
+def test_the_diff_is_the_tested_script():
+    quick_start = (ROOT / "docs" / "quickstart.md").read_text()
+    for page, names in ((README, ["ppo"]), (quick_start, ["ppo", "sac"])):
+        shown = re.findall(r"```diff\n(.*?)```", page, re.DOTALL)
+        assert shown == [five_lines.diff(name) for name in names]
 
 
-def test_a_snippet_adds_five_lines():
-    for snippet in SNIPPETS:
-        assert len(re.findall("# recall", snippet)) == 5
+@pytest.mark.parametrize("name", ["ppo", "sac"])
+def test_a_script_gets_five_statements_and_one_other_optimizer(name):
+    assert len(five_lines.added(name)) == 5
+    added = re.findall(r"^[+-] .*", five_lines.diff(name), re.MULTILINE)
+    changed = [line for line in added if line.startswith("-")]
+    assert len(changed) == 1
+    assert "optimizer = " in changed[0]
 
 
-@pytest.mark.parametrize("size", [15, 19])
-def test_the_tables_are_drawn_from_the_committed_results(size):
-    runs = json.loads((ROOT / f"bench/results/four_rooms_{size}/results.json").read_text())
-    assert table(runs, 200_000) in README
+@pytest.mark.parametrize("name", ["ppo", "sac"])
+def test_a_script_without_the_five_statements_is_stock_torchrl(name, monkeypatch):
+    """The integration test runs the script as it was before; nothing of ours may be called."""
+    before = five_lines.without_recall(name)
+    for ours in ("Backtrack", "Recall", "ValuePrioritized", "recall", "trace_", "transition_value"):
+        assert ours not in before.partition('"""')[2].partition('"""')[2]
+    scope = dict(vars(test_integration))
+    exec(before, scope)
+    log = run_stock(name, scope[name])
+    assert len(log) == {"ppo": 8, "sac": 8}[name]
+    for losses in log:
+        assert all(bool(value.isfinite().all()) for value in losses.values())
+        assert not {"loss_imitation", "loss_backtrack"} & set(losses.keys())
+
+
+def run_stock(name, script):
+    t = test_integration
+    t.torch.manual_seed(0)
+    env = t.TransformedEnv(
+        t.GymEnv("Pendulum-v1"), t.Compose(t.StepCounter(max_steps=50), t.InitTracker())
+    )
+    critic = t.ValueOperator(t.MLP(3, 1, num_cells=[16]))
+    if name == "ppo":
+        return script(env, t.make_actor(env, return_log_prob=True), critic)
+    qvalue = t.ValueOperator(t.MLP(4, 1, num_cells=[16]), ["action", "observation"])
+    replay = t.TensorDictReplayBuffer(storage=t.LazyTensorStorage(1_000), batch_size=32)
+    return script(env, t.make_actor(env), qvalue, copy.deepcopy(critic), replay, generator=None)
+
+
+def test_the_tables_are_drawn_from_the_committed_results():
+    for size, pages in ((15, (README, LEARNING)), (19, (LEARNING,))):
+        runs = json.loads((ROOT / f"bench/results/four_rooms_{size}/results.json").read_text())
+        assert all(table(runs, 200_000) in page for page in pages)
 
 
 def test_the_speeds_are_the_committed_ones():
@@ -43,17 +83,32 @@ def test_the_speeds_are_the_committed_ones():
     tables = in_readme(saved)
     assert len(tables) == 3
     for wanted in (machine_line(saved), *tables):
-        assert wanted in README
+        assert wanted in PERFORMANCE
+    assert machine_line(saved) in README
+    assert tables[0] in README
 
 
 def test_what_the_parts_are_worth_is_drawn_from_the_committed_results():
-    assert ablation.in_readme(ablation.read(ROOT / "bench/results/ablation")) in README
-    assert goal_coverage.tables(goal_coverage.load())[0] in README
+    assert ablation.in_readme(ablation.read(ROOT / "bench/results/ablation")) in LEARNING
+    assert goal_coverage.tables(goal_coverage.load())[0] in LEARNING
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
-def test_links_lead_somewhere(path):
-    assert (ROOT / path).exists()
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in COPIED], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for path, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", text):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in headings}
+            assert anchor in anchors, anchor
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 210
 
 
 def test_there_are_exactly_two_setup_commands():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from functools import partial
 
 import pytest
 import torch
+from processes import ray_or_skip
 from refresh_data import GAMMA, Critic, transitions
 from torchrl.data import LazyTensorStorage, RayReplayBuffer, TensorDictReplayBuffer
 
@@ -27,22 +27,17 @@ pytestmark = [
 
 @pytest.fixture
 def buffer():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ray's own, while it starts
+    with ray_or_skip(1):
         made = RayReplayBuffer(
             replay_buffer_cls=TensorDictReplayBuffer,
             storage=partial(LazyTensorStorage, 1500),
             sampler=partial(ValuePrioritizedSampler, 1500, top=0.02),
             priority_key="value",
             batch_size=64,
-            ray_init_config={"num_cpus": 1, "include_dashboard": False, "log_to_driver": False},
             remote_config={"num_cpus": 1},
         )
-    yield made
-    import ray
-
-    made.close()
-    ray.shutdown()
+        yield made
+        made.close()
 
 
 def drawn(buffer):

@@ -216,16 +216,16 @@ class TestRefusals:
         for temperature in (0.0, -1.0, math.inf):
             with pytest.raises(ValueError, match="temperature must be positive and finite"):
                 BestStarts("s", temperature=temperature)
-        with pytest.raises(TypeError, match="observation_keys must be a key"):
+        with pytest.raises(ValueError, match="observation_keys must name at least one key"):
             BestStarts("s", observation_keys=[])
 
     def test_data(self):
         data = batch_of([1.0, 2.0])
-        with pytest.raises(KeyError, match=r"no entry .*value_target"):
+        with pytest.raises(KeyError, match=r"key .*value_target.* is missing from"):
             BestStarts.by_return()(data, generator())
         with pytest.raises(ValueError, match="score has shape"):
             BestStarts(lambda rows: rows["score"][:1])(data, generator())
-        with pytest.raises(KeyError, match=r"no entry .*next.*state"):
+        with pytest.raises(KeyError, match=r"key .*next.*state.* is missing from"):
             BestStarts("score", observation_keys="state")(data, generator())
 
 

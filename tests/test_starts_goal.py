@@ -86,7 +86,7 @@ class TestRefusals:
             GoalStarts(GOALS, observation_keys=["a", "b"])
         with pytest.raises(ValueError, match=r"batch size \[G\], got \(\)"):
             GoalStarts(TensorDict({"observation": GOALS}))
-        with pytest.raises(KeyError, match=r"no entry .*observation"):
+        with pytest.raises(KeyError, match=r"key .*observation.* is missing from"):
             GoalStarts(TensorDict({"state": GOALS}, [3]))
         with pytest.raises(ValueError, match="one key for each"):
             GoalStarts(["a", "b"])
@@ -114,7 +114,7 @@ class TestRefusals:
             GoalStarts(lambda n, g: make_goals(n - 1, g))(transitions(5), generator())
         with pytest.raises(TypeError, match="must be a tensor or a TensorDict, got list"):
             GoalStarts(lambda n, g: [])(transitions(5), generator())
-        with pytest.raises(KeyError, match=r"no entry .*goal"):
+        with pytest.raises(KeyError, match=r"key .*goal.* is missing from"):
             GoalStarts("goal")(transitions(5), generator())
 
 

@@ -100,12 +100,41 @@ class TestDataSupport:
         assert torch.equal(support(queries), exact(queries.double()))
         assert 0 < support(queries).sum() < 200
 
-    def test_data_that_repeat(self):
-        """No distance at all between most of them: only what is there is inside."""
+    @pytest.mark.parametrize("k", [1, 3])
+    def test_data_that_repeat(self, k):
+        """Most are at no distance from each other: those that differ say what is near."""
         data = torch.arange(5.0).repeat(20).unsqueeze(-1)
-        support = DataSupport().fit(as_data(data))
-        assert support.threshold == 0
-        assert support(torch.tensor([[3.0], [2.999], [5.0]])).tolist() == [True, False, False]
+        support = DataSupport(num_neighbours=k, quantile=1.0).fit(as_data(data))
+        # 0 to 4: 1 to the nearest, from the ends 3 to the third nearest one.
+        assert float(support.threshold * support.std) == pytest.approx(1.5 * k)
+        # From outside the third nearest is two further in than the nearest.
+        far = 1.5 * k - (k - 1)
+        queries = torch.tensor([[3.0], [2.5], [-far + 0.01], [-far - 0.01], [4 + far - 0.01]])
+        assert support(queries).tolist() == [True, True, True, False, True]
+        assert support(data).all()
+
+    @pytest.mark.parametrize("k", [1, 4, 20])
+    def test_two_states_and_one(self, k):
+        """Fewer states that differ than neighbours are asked for."""
+        two = torch.tensor([[0.0, 7.0], [1.0, 7.0]], dtype=F64).repeat(20, 1)
+        support = DataSupport(num_neighbours=k).fit(as_data(two))
+        assert support(two).all()
+        inside = support(torch.tensor([[0.5, 7.0], [2.4, 7.0], [9.0, 7.0], [0.5, 7.1]], dtype=F64))
+        assert inside.tolist() == [True, True, False, False]
+        one = DataSupport(num_neighbours=k).fit(as_data(two[:1].repeat(30, 1)))
+        assert one(two[:3]).tolist() == [True, False, True]
+        assert float(one.threshold) == 0
+
+    def test_repeats_far_from_the_rest(self):
+        """Rounding of large squares makes no distances of none."""
+        data = torch.cat([rows(100, 50), 1e4 + rows(1, 50, seed=2).repeat(1000, 1)])
+        support = DataSupport(quantile=0.5).fit(as_data(data))
+        expected = DataSupport(quantile=0.5, factor=1.5).fit(as_data(data[:101]))
+        scale = support.std / expected.std
+        assert float(support.threshold * scale.mean()) == pytest.approx(
+            float(expected.threshold), rel=0.1
+        )
+        assert support(data).all()
 
     def test_a_ring_has_a_hole(self):
         angle = torch.rand(3000, generator=generator(), dtype=F64) * 2 * math.pi

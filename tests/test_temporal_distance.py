@@ -15,6 +15,7 @@ from torchrl.data import (
     LazyTensorStorage,
     SliceSampler,
     TensorDictReplayBuffer,
+    Unbounded,
 )
 
 from torchrl_recall.temporal_distance import TemporalDistance, TemporalDistanceLoss
@@ -49,6 +50,21 @@ class Fixed(TemporalDistance):
 
     def forward(self, state, end):
         return 2 * (end - state).squeeze(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_dtype_is_the_specs(dtype):
+    for observation in (Unbounded(3, dtype=dtype), {"a": Unbounded(3, dtype=dtype)}):
+        distance = TemporalDistance(observation, num_cells=(4,))
+        state = torch.randn(2, 3, dtype=dtype)
+        assert distance(state, state).dtype == dtype
+    assert next(TemporalDistance(Categorical(5), num_cells=(4,)).parameters()).dtype == (
+        torch.get_default_dtype()
+    )
+    asked = TemporalDistance(Unbounded(3, dtype=dtype), num_cells=(4,), dtype=torch.float64)
+    assert next(asked.parameters()).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"dtype must be a floating-point one, got torch\.int64"):
+        TemporalDistance(3, dtype=torch.int64)
 
 
 class TestLoss:

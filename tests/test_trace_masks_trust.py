@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -11,7 +12,12 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from test_trace_masks import make_trace, random_walks
 from torch import nn
-from torchrl.data import LazyTensorStorage, MultiCategorical, TensorDictReplayBuffer
+from torchrl.data import (
+    LazyMemmapStorage,
+    LazyTensorStorage,
+    MultiCategorical,
+    TensorDictReplayBuffer,
+)
 
 from torchrl_recall import (
     BacktrackLoss,
@@ -94,6 +100,41 @@ class TestDisagreement:
         fewer = Disagreement(model).calibrate(data, 0.9, num_rows=100)
         assert fewer == pytest.approx(float(torch.quantile(found[::10], 0.9)))
 
+    @pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
+    @pytest.mark.parametrize("shape", [(12, 50), (4, 3, 50), (600,)])
+    def test_calibrated_on_few_rows_of_all_dimensions(self, storage, shape):
+        """All environments and all times take part, however many rows are looked at."""
+        model, data = ensemble(), transitions(600).reshape(shape)
+        data["next", "observation"] *= torch.linspace(0.1, 10, shape[-1]).unsqueeze(-1)
+        for source in (data, self.stored(storage, data)):
+            for num_rows in (600, 301, 100, 12):
+                seen = self.rows_looked_at(Disagreement(model), source, num_rows)
+                assert num_rows / 5 <= len(seen) <= num_rows
+                places = {tuple(row) for row in seen.tolist()}
+                assert len(places) == len(seen)
+                flat = data["next", "observation"].reshape(600, 3).tolist()
+                index = [i for i, row in enumerate(flat) if tuple(row) in places]
+                assert len(index) == len(seen)
+                steps = {b - a for a, b in itertools.pairwise(index)}
+                assert len(steps) == 1 or source is not data  # evenly spaced, as it lies there
+                if len(shape) > 1 and num_rows >= 100:
+                    assert {i % 50 for i in index} == set(range(50))
+                    assert {i // 50 for i in index} == set(range(12))
+
+    def stored(self, storage, data):
+        kept = storage(600, ndim=data.ndim)
+        buffer = TensorDictReplayBuffer(storage=kept, batch_size=8)
+        buffer.extend(data)
+        return buffer
+
+    def rows_looked_at(self, mask, source, num_rows):
+        """The next states that calibration reads, in any order."""
+        read, seen = mask.model.read, []
+        mask.model.read = lambda data: seen.append(read(data)) or seen[0]
+        mask.calibrate(source, 0.9, num_rows=num_rows)
+        del mask.model.read
+        return seen[0][2]
+
     def test_ensemble_that_was_fitted_here_and_not_there(self):
         """Traces from where the data are stay longer than those from far away."""
         model = BacktrackModel(1, 1, num_cells=(32,), num_members=5)
@@ -121,13 +162,18 @@ class TestDisagreement:
         model = ensemble()
         with pytest.raises(TypeError, match="model must be a BacktrackModel, got Linear"):
             Disagreement(nn.Linear(1, 1))  # pyright: ignore
-        with pytest.raises(ValueError, match="model has one member"):
+        with pytest.raises(ValueError, match="model has num_members=1, expected"):
             Disagreement(BacktrackModel(3, 2, num_cells=(8,)))
         with pytest.raises(ValueError, match="max_disagreement must lie in"):
             Disagreement(model, max_disagreement=-1.0)
         mask, data = Disagreement(model), transitions(100)
         with pytest.raises(ValueError, match="quantile must lie in"):
             mask.calibrate(data, 95)
+        with pytest.raises(ValueError, match="num_rows must be at least 1, got 0"):
+            mask.calibrate(data, num_rows=0)
+        padding = TensorDict({"collector": {"mask": torch.zeros(100, 1) > 0}}, [100])
+        with pytest.raises(ValueError, match="data has no row to look at: all 100 are masked"):
+            mask.calibrate(data.clone().update(padding))
         mask.calibrate(data, 0.5)
         trace = data.reshape(10, 10)
         restored = Disagreement(model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from transform_data import SIZE, T, make_buffer, make_model, same, trace_of, tra
 
 from torchrl_recall import BacktrackTransform
 from torchrl_recall.envs import FourRoomsEnv
-from torchrl_recall.random_source import RandomSource
 
 
 @pytest.fixture(autouse=True)
@@ -223,17 +221,3 @@ class TestCopies:
             {"transform": BacktrackTransform(m := make_model(), num_steps=T), "m": m}
         )
         assert both["transform"].model is both["m"]
-
-
-def test_the_generator_reaches_spawned_processes():
-    """As bytes: what torch makes of one is in shared memory that they can no longer open."""
-    transform = BacktrackTransform(make_model(), num_steps=T)
-    assert b"rebuild_tensor" in bytes(ForkingPickler.dumps(torch.Generator()))
-    carried = transform.__getstate__()["generator"]
-    assert b"rebuild_tensor" not in bytes(ForkingPickler.dumps(carried))
-    source = RandomSource(torch.Generator().manual_seed(3))
-    for original in (transform, source):
-        arrived = pickle.loads(bytes(ForkingPickler.dumps(original)))
-        expected = torch.rand(3, generator=original.generator)
-        assert same(torch.rand(3, generator=arrived.generator), expected)
-        assert type(copy.copy(original).generator) is torch.Generator

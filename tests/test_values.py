@@ -161,7 +161,7 @@ def test_missing_key_is_named(key):
 
 
 def test_missing_output_is_named():
-    with pytest.raises(KeyError, match=r"no entry .state_value. among .*other"):
+    with pytest.raises(KeyError, match=r"key .state_value. is missing from .*other"):
         transition_value(transitions(3), Critic(out="other"), gamma=GAMMA)
 
 

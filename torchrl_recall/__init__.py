@@ -18,6 +18,8 @@ from torchrl_recall.traces import sample_traces
 from torchrl_recall.transform import BacktrackTransform
 from torchrl_recall.values import transition_value
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AdvantageWeight",
     "BacktrackLoss",

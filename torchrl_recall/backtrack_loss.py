@@ -15,7 +15,8 @@ from tensordict.nn import dispatch
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
-from torchrl_recall.checks import check_coefficient, check_flag
+from torchrl_recall.checks import as_keys, check_coefficient, check_flag
+from torchrl_recall.generators import RandomSource
 from torchrl_recall.masking import (
     Reduction,
     blank_rows,
@@ -27,10 +28,10 @@ from torchrl_recall.masking import (
     rows_in_range,
 )
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.ensemble import members_of
 from torchrl_recall.model.heads import SupportDelta
-from torchrl_recall.model.joint_action import as_keys, samples_entropy
+from torchrl_recall.model.joint_action import samples_entropy
 from torchrl_recall.model.observation import sorted_keys
-from torchrl_recall.random_source import RandomSource
 
 
 class BacktrackLoss(LossModule):
@@ -125,8 +126,8 @@ class BacktrackLoss(LossModule):
         super().__init__()
         self.model = model
         self.reduction = check_reduction(reduction)
-        self.mask_nonfinite = check_flag("mask_nonfinite", mask_nonfinite)
-        self.action_entropy_coeff = check_coefficient(
+        self.mask_nonfinite: bool = check_flag("mask_nonfinite", mask_nonfinite)
+        self.action_entropy_coeff: float = check_coefficient(
             "action_entropy_coeff", action_entropy_coeff, 0.0
         )
         if self.action_entropy_coeff and model.action.is_uniform:
@@ -134,15 +135,15 @@ class BacktrackLoss(LossModule):
                 f"action_entropy_coeff is {action_entropy_coeff}, expected 0: the model's reverse "
                 "actions are uniform, so that their entropy is the greatest there is."
             )
-        self.bootstrap = check_flag("bootstrap", bootstrap)
+        self.bootstrap: bool = check_flag("bootstrap", bootstrap)
         if self.bootstrap and model.num_members == 1:
             raise ValueError("bootstrap is for ensembles, but the model has one member.")
         # Whether the entropy has no closed form.
-        self.samples = bool(self.action_entropy_coeff and samples_entropy(model.action.head))
+        self.samples: bool = bool(self.action_entropy_coeff and samples_entropy(model.action.head))
         if self.bootstrap or self.samples:
-            self.random = RandomSource(generator)
+            self.random: RandomSource = RandomSource(generator)
         # ``set_keys(name=None)`` goes back to these.
-        self.default_keys = partial(
+        self.default_keys: Any = partial(
             self._AcceptedKeys,
             observation=model.observation_keys,
             action=model.action_key,
@@ -150,7 +151,10 @@ class BacktrackLoss(LossModule):
         )
         self._tensor_keys = self.default_keys()
         terms = ["action", "delta", *(["stop"] if model.has_stop else [])]
-        self.out_keys = ["loss_backtrack", *(f"backtrack_{term}_log_prob" for term in terms)]
+        self.out_keys: list[str] = [
+            "loss_backtrack",
+            *(f"backtrack_{term}_log_prob" for term in terms),
+        ]
         if self.action_entropy_coeff:
             self.out_keys.append("backtrack_action_entropy")
         self._set_in_keys()
@@ -170,12 +174,18 @@ class BacktrackLoss(LossModule):
 
     @property
     def _observation_keys(self) -> list[NestedKey]:
-        keys = self.tensor_keys.observation
-        return list(keys) if isinstance(keys, list) else [keys]
+        return as_keys(self.tensor_keys.observation)
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Compute the loss of a batch of transitions of any batch shape."""
+        """Compute the loss of a batch of transitions of any batch shape.
+
+        Args:
+            tensordict (TensorDictBase): transitions ``[*B]`` with the model's ``in_keys``.
+
+        Returns:
+            TensorDict: the loss and its logs, as the class says.
+        """
         keys, action_key = self._observation_keys, self.tensor_keys.action
         if tensordict.ndim == 0:
             tensordict = self._batched(tensordict)
@@ -224,7 +234,7 @@ class BacktrackLoss(LossModule):
                 next_state.reshape(-1, next_state.shape[-1]),
                 kept.reshape(-1),
             )
-        members = [self.model.member(i) for i in range(self.model.num_members)]
+        members = members_of(self.model)
         losses, logged = [], []
         for member in members:
             loss, found = self._member_loss(member, state, action, next_state, is_init)

@@ -24,6 +24,8 @@ from torchrl.data import ReplayBuffer
 
 from torchrl_recall.checks import check_at_least_one, check_size
 
+__all__ = ["RecallCheckpoint"]
+
 
 class _PlainFile(StateDictCheckpointAdapter):
     """One file for each part, read back with ``weights_only=True``.
@@ -64,13 +66,13 @@ class RecallCheckpoint:
     or a full disk left half-written is never loaded. One process may write to ``directory``.
 
     Args:
-        directory (str or Path): where the checkpoints are kept, one folder each.
+        directory (str or Path): where the checkpoints are kept, one folder each; made if missing.
         keep_last (int): how many of them to keep.
         **components: the parts, by name.
 
     Raises:
         TypeError: a part that cannot be saved.
-        ValueError: ``keep_last`` below 1, or no parts.
+        ValueError: ``keep_last`` below 1, no parts, or an empty string for ``directory``.
 
     Examples:
         >>> import tempfile
@@ -90,6 +92,8 @@ class RecallCheckpoint:
         keep_last = check_at_least_one("keep_last", keep_last)
         if not isinstance(directory, str | Path):
             raise TypeError(f"directory must be a path, got {type(directory).__name__}.")
+        if directory == "":
+            raise ValueError("directory is '', expected a path; '.' is the working directory.")
         if not components:
             raise ValueError("components must name at least one part to save, got none.")
         if "global_rng" in components:

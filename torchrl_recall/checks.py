@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 from tensordict import NestedKey, unravel_key
+from tensordict.nn import TensorDictModuleBase
 
 
 def check_at_least_one(name: str, value: Any) -> int:
@@ -46,13 +47,25 @@ def check_interval(name: str, value: Any) -> tuple[float, float]:
     return low, high
 
 
-def check_real(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """Return ``value`` as a float in ``[low, high]``, or refuse it by name."""
+def check_real(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """Return ``value`` as a float in ``[low, high]``, open ends apart, or refuse it by name."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
     number = as_float(value)
-    if not low <= number <= high:
-        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}.")
+    inside = (low < number if open_low else low <= number) and (
+        number < high if open_high else number <= high
+    )
+    if not inside:
+        ends = "(" if open_low else "[", ")" if open_high else "]"
+        raise ValueError(f"{name} must lie in {ends[0]}{low}, {high}{ends[1]}, got {value}.")
     return number
 
 
@@ -91,22 +104,58 @@ def check_flag(name: str, value: Any) -> bool:
 
 def check_key(name: str, key: Any) -> NestedKey:
     """Return a key in its short form, or refuse it by name."""
-    try:
-        found = unravel_key(key)
-    except (RuntimeError, TypeError):
-        found = None
-    if not found:  # nor the empty tuple
+    # `unravel_key` passes over parts that are no strings.
+    if not _is_key(key):
         raise TypeError(f"{name} must be a key, a string or a tuple of strings, got {key!r}.")
-    return found
+    return unravel_key(key)
+
+
+def _is_key(key: Any) -> bool:
+    return isinstance(key, str) or (
+        isinstance(key, tuple) and len(key) > 0 and all(_is_key(part) for part in key)
+    )
 
 
 def check_keys(name: str, keys: Any) -> list[NestedKey]:
-    """Return a sequence of keys as a list, or refuse it by name; one string is one key."""
-    if isinstance(keys, str):
-        return [keys]
+    """Return keys as a list, in their short form, or refuse them by name.
+
+    As everywhere in TorchRL a string or a tuple of strings is *one* (nested) key; a list is
+    several.
+
+    Args:
+        name (str): name of the argument, for refusals.
+        keys (NestedKey or list of NestedKey): the keys.
+
+    Returns:
+        list of NestedKey: at least one.
+
+    Raises:
+        TypeError: no keys.
+        ValueError: an empty list.
+
+    Examples:
+        >>> check_keys("in_keys", ("agent", "position")), check_keys("in_keys", ["x", "y"])
+        ([('agent', 'position')], ['x', 'y'])
+    """
+    if isinstance(keys, str | tuple):
+        return [check_key(name, keys)]
     if not isinstance(keys, Sequence) or isinstance(keys, bytes):
-        raise TypeError(f"{name} must be a sequence of keys, got {type(keys).__name__}.")
+        raise TypeError(f"{name} must be a key or a list of keys, got {type(keys).__name__}.")
+    if not keys:
+        raise ValueError(f"{name} must name at least one key, got none.")
     return [check_key(name, key) for key in keys]
+
+
+def as_keys(keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
+    """Return keys as a list as `check_keys` does, those that were checked before."""
+    return [keys] if isinstance(keys, str | tuple) else list(keys)
+
+
+def check_network(name: str, network: Any) -> Any:
+    """Return a TensorDictModule, or refuse by name what is none."""
+    if not isinstance(network, TensorDictModuleBase):
+        raise TypeError(f"{name} must be a TensorDictModule, got {type(network).__name__}.")
+    return network
 
 
 def check_tensor(name: str, value: Any) -> torch.Tensor:

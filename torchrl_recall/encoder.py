@@ -32,6 +32,7 @@ from tensordict import TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs.transforms import Transform
 
+from torchrl_recall.checks import check_network
 from torchrl_recall.model.observation import sorted_keys
 
 
@@ -77,8 +78,7 @@ class EncoderTransform(Transform):
     encoder: TensorDictModuleBase
 
     def __init__(self, encoder: TensorDictModuleBase) -> None:
-        if not isinstance(encoder, TensorDictModuleBase):
-            raise TypeError(f"encoder must be a TensorDictModule, got {type(encoder).__name__}.")
+        check_network("encoder", encoder)
         super().__init__(
             in_keys=[unravel_key(("next", key)) for key in encoder.in_keys],
             out_keys=[unravel_key(("next", key)) for key in encoder.out_keys],

@@ -17,7 +17,7 @@ from torchrl.data.tensor_specs import TensorSpec
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
-from torchrl_recall.checks import check_coefficient, check_finite, check_flag, check_real
+from torchrl_recall.checks import as_keys, check_coefficient, check_finite, check_flag, check_real
 from torchrl_recall.imitation.distance import (
     OF_VALUES,
     Distance,
@@ -28,6 +28,7 @@ from torchrl_recall.imitation.distance import (
     value_distance,
 )
 from torchrl_recall.imitation.policy_log_prob import action_leaves, policy_in_keys, policy_log_prob
+from torchrl_recall.imitation.recurrent import kept_first, memory_keys
 from torchrl_recall.imitation.weights import ImitationKeys, ImitationWeight
 from torchrl_recall.masking import (
     Reduction,
@@ -37,7 +38,6 @@ from torchrl_recall.masking import (
     reduce_kept,
 )
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.model.joint_action import as_keys
 from torchrl_recall.model.observation import sorted_keys
 
 
@@ -47,6 +47,15 @@ class RecallTraceLoss(LossModule):
     Add its term to those of any TorchRL loss of the same actor. No gradient flows through a trace.
     If nothing is kept, the loss is exactly zero. With weights ``w_t`` it is the mean (or sum) over
     kept steps of ``-w_t log π(a_t|s_t)``; a step of weight zero is still a kept one.
+
+    *Recurrent policies* of TorchRL's ``LSTMModule`` and ``GRUModule`` imitate a trace from an empty
+    memory: what is imagined has no hidden state of a collector's. The memory is reset at a trace's
+    first kept step and sees the kept steps only, in their order; detours before a last visit, which
+    the mask leaves out, are no part of the way. This is exact where a trace begins with an episode,
+    as with a stop head; elsewhere it is what TorchRL's losses do with slices of episodes whose
+    hidden states are not stored. ``is_init`` and hidden states are not read of the trace. A policy
+    with a memory of another kind is refused, for want of its hidden state. In one graph of
+    ``torch.compile``: an LSTM with ``python_based=True`` and ``recurrent_backend="scan"``.
 
     Args:
         actor (TensorDictModule): a stochastic policy with ``get_dist``; with ``loss_function`` also
@@ -83,7 +92,8 @@ class RecallTraceLoss(LossModule):
     Raises:
         KeyError: the trace, or a key in it, is missing.
         TypeError: the actor has no ``get_dist``, and there is no ``loss_function``.
-        ValueError: non-finite kept steps or weights, an empty trace, a ``discount`` out of range.
+        ValueError: non-finite kept steps or weights, an empty trace, a ``discount`` out of range, a
+            bidirectional policy, a recurrent one and a trace without time.
 
     Source: Goyal et al., *Recall Traces*, ICLR 2019, https://arxiv.org/abs/1804.00379.
 
@@ -147,10 +157,14 @@ class RecallTraceLoss(LossModule):
             raise ValueError("action_spec is the unit of a loss_function, but there is none.")
         if weight is not None and not callable(weight):
             raise TypeError(f"weight must be an ImitationWeight, got {type(weight).__name__}.")
+        memory = memory_keys(actor)
         super().__init__()
+        self._memory = memory  # what a recurrent policy reads of its past
         self.convert_to_functional(actor, "actor_network")
         self.reduction = check_reduction(reduction)
-        self.backtrack = None if model is None else BacktrackLoss(model, reduction=reduction)
+        self.backtrack: BacktrackLoss | None = (
+            None if model is None else BacktrackLoss(model, reduction=reduction)
+        )
         self.register_coeff_buffer(
             "imitation_coeff", check_coefficient("imitation_coeff", imitation_coeff)
         )
@@ -158,12 +172,12 @@ class RecallTraceLoss(LossModule):
             "backtrack_coeff", check_coefficient("backtrack_coeff", backtrack_coeff)
         )
         self.loss_function = loss_function
-        self.margin = check_real("margin", margin, 0.0)
+        self.margin: float = check_real("margin", margin, 0.0)
         self.register_buffer("half_range", half_range(action_spec), persistent=False)
         # In __dict__: the weight's networks are not this loss's, even if it is a module.
         object.__setattr__(self, "weight", weight)
-        self.discount = check_real("discount", discount, 0.0, 1.0)
-        self.normalize_weights = check_flag("normalize_weights", normalize_weights)
+        self.discount: float = check_real("discount", discount, 0.0, 1.0)
+        self.normalize_weights: bool = check_flag("normalize_weights", normalize_weights)
         fitted = [] if self.backtrack is None else self.backtrack.out_keys
         self.out_keys: list[NestedKey] = [
             "loss_imitation",
@@ -181,7 +195,7 @@ class RecallTraceLoss(LossModule):
     def _set_in_keys(self) -> None:
         """Follow ``set_keys``, which calls this."""
         keys = self.tensor_keys
-        names = [*policy_in_keys(self.actor_network), *as_keys(keys.action)]
+        names = [*self._policy_in_keys(), *as_keys(keys.action)]
         weighing = getattr(self.weight, "in_keys", None)
         fitted = [] if self.backtrack is None else self.backtrack.in_keys
         self.in_keys: Any = list(
@@ -194,6 +208,10 @@ class RecallTraceLoss(LossModule):
             )
         )
 
+    def _policy_in_keys(self) -> list[NestedKey]:
+        """List what the policy reads of a trace; its memory it makes itself."""
+        return [key for key in policy_in_keys(self.actor_network) if key not in self._memory]
+
     def reset_parameters_recursive(self) -> None:
         """Draw new parameters for the actor, and for the model if there is one."""
         super().reset_parameters_recursive()
@@ -202,7 +220,14 @@ class RecallTraceLoss(LossModule):
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Compute the loss of a batch that carries traces."""
+        """Compute the loss of a batch that carries traces.
+
+        Args:
+            tensordict (TensorDictBase): ``[*B]``, with the traces, ``[*B, T]`` or ``[*B, N, T]``.
+
+        Returns:
+            TensorDict: the loss and its logs, as the class says.
+        """
         trace = tensordict.get(self.tensor_keys.trace, default=None)
         if trace is None:
             raise KeyError(
@@ -217,6 +242,8 @@ class RecallTraceLoss(LossModule):
             raise ValueError(f"the trace is empty: batch size {tuple(trace.shape)}.")
         kept = kept_rows(self, trace)
         loss = self._step_loss(trace, kept)
+        if loss.numel() == 0:
+            raise ValueError("the trace is empty: its entries have no steps.")
         if trace.ndim == 0:
             # Keyword tensors come without a batch size.
             kept = kept.expand_as(loss)
@@ -252,11 +279,26 @@ class RecallTraceLoss(LossModule):
             return sum(zeros, kept.new_zeros((), dtype=torch.get_default_dtype())).expand(
                 kept.shape
             )
-        action_key = self.tensor_keys.action
-        action_keys = action_leaves(trace, action_key)
-        in_keys = policy_in_keys(self.actor_network)
-        cleaned = filled_entries(trace, [*in_keys, *action_keys], kept)
-        inputs = cleaned.select(*in_keys)
+        action_keys = action_leaves(trace, self.tensor_keys.action)
+        cleaned = filled_entries(trace, [*self._policy_in_keys(), *action_keys], kept)
+        batch = kept.shape if trace.ndim else None
+        if not self._memory:
+            return self._loss_of(cleaned, action_keys, kept, batch)
+        if kept.ndim == 0:
+            raise ValueError("the trace has no time dimension, along which a recurrent actor runs.")
+        moved, place = kept_first(cleaned, kept)
+        kept = kept.sum(-1, keepdim=True) > torch.arange(kept.shape[-1], device=kept.device)
+        return self._loss_of(moved, action_keys, kept, batch).gather(-1, place)
+
+    def _loss_of(
+        self,
+        cleaned: TensorDictBase,
+        action_keys: list[NestedKey],
+        kept: Tensor,
+        batch: torch.Size | None,
+    ) -> Tensor:
+        """Ask the policy about steps without gaps."""
+        inputs = cleaned.select(*self._policy_in_keys(), *self._memory, strict=False)
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             if self.loss_function is not None:
                 if len(action_keys) > 1:
@@ -268,10 +310,8 @@ class RecallTraceLoss(LossModule):
                     values = chosen_action(actor(inputs), value_key, actor.out_keys)
                     return value_distance(self.loss_function, values, action, self.margin)
                 chosen = chosen_action(actor(inputs), action_key, actor.out_keys)
-                batch = kept.shape if trace.ndim else None
                 return action_distance(self.loss_function, chosen, action, self.half_range, batch)
             distribution = self.actor_network.get_dist(inputs)
-            batch = kept.shape if trace.ndim else None
             log_prob = policy_log_prob(distribution, cleaned, action_keys, batch)
         check_finite("the actor's log_prob at kept steps", log_prob.masked_fill(~kept, 0.0))
         return -log_prob

@@ -15,9 +15,8 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.objectives.common import LossModule
 
-from torchrl_recall.checks import check_choice, check_finite, check_tensor
+from torchrl_recall.checks import as_keys, check_choice, check_finite, check_tensor
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.model.joint_action import as_keys
 from torchrl_recall.model.observation import sorted_keys
 
 Reduction = Literal["mean", "sum", "none"]

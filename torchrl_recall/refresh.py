@@ -13,14 +13,19 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_at_least_one, check_choice, check_key, check_real
+from torchrl_recall.checks import (
+    check_at_least_one,
+    check_choice,
+    check_key,
+    check_network,
+    check_real,
+)
 from torchrl_recall.priorities.ages import BLOCK_ENTRIES, BlockAges
 from torchrl_recall.priorities.returns import ReturnsToGo
 from torchrl_recall.stored_rows import LocalRows, RemoteRows, Ring, rows_of
 from torchrl_recall.values import (
     DEFAULT_CHUNK,
     bootstrapped_value,
-    check_network,
     next_state_value,
     one_each,
 )
@@ -103,6 +108,13 @@ class ValueRefresh:
         tensor([2.5000, 1.0000])
     """
 
+    buffer: Any
+    value_network: TensorDictModuleBase
+    sampler: Any
+    target: str
+    slice_size: int | float | None
+    calls: int
+
     def __init__(
         self,
         buffer: Any,
@@ -119,7 +131,7 @@ class ValueRefresh:
         trajectory_key: NestedKey | None = ("collector", "traj_ids"),
         value_key: NestedKey = "state_value",
     ) -> None:
-        check_network(value_network)
+        check_network("value_network", value_network)
         if isinstance(slice_size, float):
             if not 0 < slice_size <= 1:
                 raise ValueError(f"slice_size as a share must be in (0, 1], got {slice_size}")
@@ -128,13 +140,13 @@ class ValueRefresh:
         if chunk_size is None:
             chunk_size = DEFAULT_CHUNK
         self.buffer, self.value_network, self.sampler = buffer, value_network, sampler
-        self.gamma = check_real("gamma", gamma, 0.0, 1.0)
+        self.gamma: float = check_real("gamma", gamma, 0.0, 1.0)
         self.target, self.slice_size = check_choice("target", target, TARGETS), slice_size
-        self.chunk_size = check_at_least_one("chunk_size", chunk_size)
-        self.reward_key = check_key("reward_key", reward_key)
-        self.terminated_key = check_key("terminated_key", terminated_key)
-        self.done_key = check_key("done_key", done_key)
-        self.value_key = check_key("value_key", value_key)
+        self.chunk_size: int = check_at_least_one("chunk_size", chunk_size)
+        self.reward_key: NestedKey = check_key("reward_key", reward_key)
+        self.terminated_key: NestedKey = check_key("terminated_key", terminated_key)
+        self.done_key: NestedKey = check_key("done_key", done_key)
+        self.value_key: NestedKey = check_key("value_key", value_key)
         if trajectory_key is not None:
             trajectory_key = check_key("trajectory_key", trajectory_key)
         self.trajectory_key = trajectory_key
@@ -361,6 +373,9 @@ class ValueRefresh:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; restore the buffer too, or all counts as stale.
+
+        Args:
+            state_dict (dict): what `state_dict` returned.
 
         Raises:
             KeyError: if an entry is missing.

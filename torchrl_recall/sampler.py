@@ -130,13 +130,13 @@ class ValuePrioritizedSampler(SavedSampler):
         tensor([0, 1])
     """
 
-    mode = _parameter("mode", 'How values become probabilities: "top", "soft", "rank" or "per".')
-    top = _parameter("top", 'Fraction of the entries that the mode "top" keeps.')
-    temperature = _parameter("temperature", 'Temperature of the mode "soft".')
-    min_value = _parameter("min_value", "Least value to draw, or None.")
-    alpha = _parameter("alpha", 'Exponent of "rank" and "per".')  # pyright: ignore
-    eps = _parameter("eps", 'Added to the absolute value in the mode "per".')
-    uniform_share = _parameter("uniform_share", "Share of draws that are uniform.")
+    mode: Any = _parameter("mode", 'What weighs values, "top", "soft", "rank" or "per".')
+    top: Any = _parameter("top", 'Fraction of the entries that the mode "top" keeps.')
+    temperature: Any = _parameter("temperature", 'Temperature of the mode "soft".')
+    min_value: Any = _parameter("min_value", "Least value to draw, or None.")
+    alpha: Any = _parameter("alpha", 'Exponent of "rank" and "per".')  # pyright: ignore
+    eps: Any = _parameter("eps", 'Added to the absolute value in the mode "per".')
+    uniform_share: Any = _parameter("uniform_share", "Share of draws that are uniform.")
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class ValuePrioritizedSampler(SavedSampler):
         self.beta = beta
         self._max_capacity = check_at_least_one("max_capacity", max_capacity)
         self.dtype = dtype
-        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
+        self.reduction: Any = check_choice("reduction", reduction, REDUCTIONS)
         if trajectory_key is not None:
             trajectory_key = check_key("trajectory_key", trajectory_key)
         self.trajectory_key = trajectory_key

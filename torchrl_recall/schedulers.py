@@ -19,7 +19,7 @@ class TraceLengthScheduler:
     After ``k`` calls of ``step()`` traces have ``initial + (final - initial) (k - delay) /
     num_updates`` steps, rounded towards the initial length, from ``delay`` calls on and until
     ``num_updates`` later. As TorchRL's schedulers of samplers, it can stand in a ``SchedulerList``.
-    Errors of a model add up along a trace: BMPO grows its traces from 1 to 15 steps.
+    Errors of a model add up along a trace: a poor model's should be short.
 
     Args:
         transform (BacktrackTransform): whose ``num_steps`` to set; what it has now is the initial
@@ -58,9 +58,9 @@ class TraceLengthScheduler:
                 f"{type(transform).__name__}."
             )
         self.transform = transform
-        self.initial_steps = check_at_least_one("transform.num_steps", transform.num_steps)
-        self.final_steps = check_at_least_one("final_steps", final_steps)
-        self.num_updates = check_at_least_one("num_updates", num_updates)
+        self.initial_steps: int = check_at_least_one("transform.num_steps", transform.num_steps)
+        self.final_steps: int = check_at_least_one("final_steps", final_steps)
+        self.num_updates: int = check_at_least_one("num_updates", num_updates)
         if isinstance(delay, bool) or not isinstance(delay, int):
             raise TypeError(f"delay must be an int, got {type(delay).__name__}.")
         if delay < 0:
@@ -89,6 +89,9 @@ class TraceLengthScheduler:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, and set the length on the transform.
+
+        Args:
+            state_dict (dict): what `state_dict` returned.
 
         Raises:
             KeyError: entries are missing or unknown.

@@ -11,12 +11,13 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-from tensordict import LazyStackedTensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer, Storage
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter, RoundRobinWriter
 
 from torchrl_recall.priorities.arguments import paired_values
+from torchrl_recall.state_reading import storage_rows
 
 
 class Ring(NamedTuple):
@@ -103,15 +104,7 @@ class LocalRows:
 
     def read(self, start: int, end: int) -> TensorDictBase:
         """Read places ``start`` to ``end``; call it under the lock. No tensor is copied."""
-        data: Any = self.storage.get(slice(start, end))
-        if isinstance(data, list) and isinstance(data[0], TensorDictBase):
-            data = LazyStackedTensorDict.lazy_stack(data)
-        if not isinstance(data, TensorDictBase):
-            raise TypeError(
-                f"the storage must hold TensorDicts, got {type(self.storage).__name__} with "
-                f"{type(data).__name__}"
-            )
-        return data
+        return storage_rows(self.storage, slice(start, end))
 
     def write(self, start: int, values: Tensor) -> None:
         """Hand over the values of rows from place ``start`` on; call it under the lock."""

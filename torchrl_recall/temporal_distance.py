@@ -17,9 +17,12 @@ from torchrl.data.tensor_specs import TensorSpec
 from torchrl.modules import MLP
 from torchrl.objectives.common import LossModule
 
-from torchrl_recall.checks import check_at_least_one, check_real
+from torchrl_recall.checks import as_keys, check_at_least_one, check_real
 from torchrl_recall.masking import Reduction, check_reduction, kept_rows, one_each, reduce_kept
+from torchrl_recall.model.networks import choose_dtype
 from torchrl_recall.model.observation import ObservationCodec, as_mapping
+
+__all__ = ["TemporalDistance", "TemporalDistanceLoss"]
 
 
 class TemporalDistance(nn.Module):
@@ -34,8 +37,9 @@ class TemporalDistance(nn.Module):
     Keyword Args:
         num_cells (sequence of int): width of each hidden layer.
         activation_class (type): activation between layers.
-        observation_keys (sequence of NestedKey, optional): as for `BacktrackModel`.
-        dtype (torch.dtype): dtype of the parameters.
+        observation_keys (NestedKey or list of NestedKey, optional): as for `BacktrackModel`.
+        dtype (torch.dtype, optional): dtype of the parameters. Defaults to the continuous
+            observation's, else torch's default.
         device (torch.device, optional): device of the parameters.
 
     Raises:
@@ -56,14 +60,17 @@ class TemporalDistance(nn.Module):
         *,
         num_cells: Sequence[int] = (256, 256),
         activation_class: type[nn.Module] = nn.ReLU,
-        observation_keys: Sequence[NestedKey] | None = None,
-        dtype: torch.dtype = torch.float32,
+        observation_keys: NestedKey | Sequence[NestedKey] | None = None,
+        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         widths = [check_at_least_one("num_cells", width) for width in num_cells]
         observations = as_mapping(observation, observation_keys)
-        self.observation = ObservationCodec(observations, dtype=dtype, device=device)
+        dtype = choose_dtype(observations, dtype)
+        self.observation: ObservationCodec = ObservationCodec(
+            observations, dtype=dtype, device=device
+        )
         self.network = MLP(
             in_features=2 * self.observation.feature_size,
             out_features=1,
@@ -73,7 +80,15 @@ class TemporalDistance(nn.Module):
         ).to(dtype)
 
     def forward(self, state: Tensor, end: Tensor) -> Tensor:
-        """Return the steps from ``state`` to ``end``, flat ``[*B, size]`` both: ``[*B]``."""
+        """Return the steps from ``state`` to ``end``, flat ``[*B, size]`` both: ``[*B]``.
+
+        Args:
+            state (Tensor): where to go from, flat ``[*B, size]``.
+            end (Tensor): where to, flat ``[*B, size]``.
+
+        Returns:
+            Tensor: steps, ``[*B]``, at least 0.
+        """
         features = torch.cat([self.observation(state), self.observation(end)], -1)
         return nn.functional.softplus(self.network(features)).squeeze(-1)
 
@@ -156,14 +171,16 @@ class TemporalDistanceLoss(LossModule):
             raise TypeError(f"distance must be a TemporalDistance, got {type(distance).__name__}.")
         super().__init__()
         self.distance = distance
-        self.expectile = check_real("expectile", expectile, 0.0, 1.0)
-        if self.expectile in (0.0, 1.0):
-            raise ValueError(f"expectile must lie in (0, 1), got {expectile}.")
+        self.expectile: float = check_real(
+            "expectile", expectile, 0.0, 1.0, open_low=True, open_high=True
+        )
         self.reduction = check_reduction(reduction)
         # ``set_keys(name=None)`` goes back to these.
-        self.default_keys = partial(self._AcceptedKeys, observation=list(distance.observation.keys))
+        self.default_keys: Any = partial(
+            self._AcceptedKeys, observation=list(distance.observation.keys)
+        )
         self._tensor_keys = self.default_keys()
-        self.out_keys = ["loss_temporal_distance"]
+        self.out_keys: list[str] = ["loss_temporal_distance"]
         self._set_in_keys()
 
     def _set_in_keys(self) -> None:
@@ -176,11 +193,17 @@ class TemporalDistanceLoss(LossModule):
 
     @property
     def _observation_keys(self) -> list[NestedKey]:
-        keys = self.tensor_keys.observation
-        return list(keys) if isinstance(keys, list) else [keys]
+        return as_keys(self.tensor_keys.observation)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Compute the loss of a batch ``[*B, L]``, time last."""
+        """Compute the loss of a batch ``[*B, L]``, time last.
+
+        Args:
+            tensordict (TensorDictBase): slices of trajectories, ``[*B, L]``.
+
+        Returns:
+            TensorDict: the loss and its logs, as the class says.
+        """
         if tensordict.ndim == 0 or tensordict.shape.numel() == 0:
             raise ValueError(
                 f"the data has batch size {tuple(tensordict.shape)}, expected [*B, L] with time "

@@ -20,6 +20,8 @@ from torchrl_recall.checks import check_flag
 from torchrl_recall.loss import RecallTraceLoss
 from torchrl_recall.masking import one_each
 
+__all__ = ["RecallTraceHook"]
+
 
 class RecallTraceHook(TrainerHookBase):
     """Adds recall traces to each step of a trainer.
@@ -95,7 +97,7 @@ class RecallTraceHook(TrainerHookBase):
         self.recall_buffer = recall_buffer
         self.recall_loss = recall_loss
         self.model_loss = model_loss
-        self.extend = check_flag("extend", extend)
+        self.extend: bool = check_flag("extend", extend)
         self.refresh = refresh
         self._trainer: Trainer | None = None
         self._awaits_batch = False

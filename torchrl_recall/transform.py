@@ -19,16 +19,20 @@ from torchrl.envs.transforms import Transform
 from torchrl_recall.checks import (
     check_at_least_one,
     check_choice,
-    check_device,
     check_flag,
     check_key,
     check_keys,
     check_real,
 )
+from torchrl_recall.generators import (
+    carry_generator,
+    follow_device,
+    own_generator,
+    unpack_generator,
+)
 from torchrl_recall.masking import blank_rows, one_each
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.model.observation import sorted_keys
-from torchrl_recall.portable_generator import carry_generator, unpack_generator
 from torchrl_recall.starts import StartStates
 from torchrl_recall.trace_masks import TraceMask
 from torchrl_recall.traces import sample_traces
@@ -59,9 +63,10 @@ class BacktrackTransform(Transform):
     Keyword Args:
         num_steps (int): length ``T`` of the traces; set it at any time, see `TraceLengthScheduler`.
         num_traces (int, optional): number ``N`` of traces for each transition.
-        in_keys (sequence of NestedKey, optional): where to read the states that traces end in, one
-            key for each of the model's observation keys. Defaults to ``("next", observation)``.
-        out_keys (sequence of NestedKey): where to write the traces.
+        in_keys (NestedKey or list of NestedKey, optional): where to read the states that traces end
+            in, one key for each of the model's observation keys. Defaults to ``("next",
+            observation)``.
+        out_keys (NestedKey or list of NestedKey): where to write the traces.
         last_visit (bool): keep a step only if its state is not visited again later in the trace
             (for discrete states and lattices).
         start (StartStates, optional): where traces start, instead of the sampled transitions' next
@@ -73,7 +78,9 @@ class BacktrackTransform(Transform):
         min_value (float, optional): mask traces whose start has a value below this.
         value_key (NestedKey): where to read that value, ``[*B]`` or ``[*B, 1]``.
         generator (torch.Generator, optional): source of randomness, on the model's device. By
-            default an own one, seeded from torch's; it is saved in ``state_dict()``.
+            default an own one, seeded from torch's; it is saved in ``state_dict()``. Under
+            ``torch.compile``, whose graphs take no generators, torch's own is drawn from instead
+            (with ``start``, which is handed the generator, the graph breaks, and it serves on).
         backend (str): backend of `sample_traces`.
         precision (str): precision of `sample_traces`.
 
@@ -113,8 +120,8 @@ class BacktrackTransform(Transform):
         *,
         num_steps: int,
         num_traces: int | None = None,
-        in_keys: Sequence[NestedKey] | None = None,
-        out_keys: Sequence[NestedKey] | None = None,
+        in_keys: NestedKey | Sequence[NestedKey] | None = None,
+        out_keys: NestedKey | Sequence[NestedKey] | None = None,
         start: StartStates | None = None,
         last_visit: bool = True,
         masks: Sequence[TraceMask] = (),
@@ -137,7 +144,10 @@ class BacktrackTransform(Transform):
             if not callable(start):
                 raise TypeError(f"start must be a StartStates, got {type(start).__name__}.")
             in_keys = []
-        in_keys = model.next_observation_keys if in_keys is None else check_keys("in_keys", in_keys)
+        elif in_keys is None:
+            in_keys = model.next_observation_keys
+        else:
+            in_keys = check_keys("in_keys", in_keys)
         out_keys = ["trace"] if out_keys is None else check_keys("out_keys", out_keys)
         if start is None and len(in_keys) != len(model.observation_keys):
             raise ValueError(
@@ -155,26 +165,19 @@ class BacktrackTransform(Transform):
                 raise TypeError(f"masks must hold TraceMasks, got a {type(mask).__name__}.")
         if support is not None and not callable(support):
             raise TypeError(f"support must be callable, got {type(support).__name__}.")
-        self.num_candidates = check_at_least_one("num_candidates", num_candidates)
+        self.num_candidates: int = check_at_least_one("num_candidates", num_candidates)
         self.num_steps = num_steps
-        self.num_traces = (
+        self.num_traces: int | None = (
             None if num_traces is None else check_at_least_one("num_traces", num_traces)
         )
-        self.last_visit = check_flag("last_visit", last_visit)
-        self.value_key = check_key("value_key", value_key)
+        self.last_visit: bool = check_flag("last_visit", last_visit)
+        self.value_key: NestedKey = check_key("value_key", value_key)
         self.backend: Backend = check_choice("backend", backend, BACKENDS)
         self.precision: Precision = check_choice("precision", precision, PRECISIONS)
         if min_value is not None:
             min_value = check_real("min_value", min_value)
         self.min_value = min_value
-        if generator is None:
-            seed = int(torch.empty((), dtype=torch.int64).random_())
-            generator = torch.Generator().manual_seed(seed)
-        elif not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
-        else:
-            check_device("generator", generator.device, model.device)
-        self.generator = generator
+        self.generator = own_generator(generator, model.device)
 
     @property
     def num_steps(self) -> int:
@@ -223,13 +226,15 @@ class BacktrackTransform(Transform):
             finite = torch.isfinite(start).all(-1)
             start = torch.where(finite.unsqueeze(-1), start, torch.zeros_like(start))
             eligible = finite if eligible is None else eligible & finite
+        # A graph of `torch.compile` cannot take a generator in.
+        in_graph = self.start is None and torch.compiler.is_compiling()
         trace = sample_traces(
             self.model,
             self.model.observation.restore(start),
             num_steps=self.num_steps,
             num_traces=self.num_traces,
             last_visit=self.last_visit,
-            generator=self._generator(),
+            generator=None if in_graph else self._generator(),
             backend=self.backend,
             precision=self.precision,
             support=self.support,
@@ -281,17 +286,21 @@ class BacktrackTransform(Transform):
         return one_each(tensordict, value, f"value_key {self.value_key!r}")
 
     def _generator(self) -> torch.Generator:
-        device = self.model.device
-        if self.generator.device.type != device.type:
-            # The model has moved: go on with a stream of the same seed over there.
-            self.generator = torch.Generator(device).manual_seed(self.generator.initial_seed())
+        self.generator: torch.Generator = follow_device(self.generator, self.model.device)
         return self.generator
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
         return next_tensordict
 
     def transform_output_spec(self, output_spec: Any) -> Any:
-        """Leave the environment's specs as they are: there the transform does nothing."""
+        """Leave the environment's specs as they are: there the transform does nothing.
+
+        Args:
+            output_spec (Composite): the environment's.
+
+        Returns:
+            Composite: the same.
+        """
         return output_spec
 
     def get_extra_state(self) -> Tensor:
@@ -299,7 +308,11 @@ class BacktrackTransform(Transform):
         return self.generator.get_state()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the state of the generator."""
+        """Restore the state of the generator.
+
+        Args:
+            state (Tensor): what `get_extra_state` returned, uint8 ``[bytes]``.
+        """
         self._generator().set_state(state.cpu())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -328,11 +341,6 @@ def _checked_mask(kept: Tensor, mask: TraceMask, expected: Tensor) -> Tensor:
             f"expected bool of {tuple(expected.shape)}."
         )
     return kept
-
-
-def _as_list(keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
-    """Return keys as a list; one string is one key, as in TorchRL."""
-    return [keys] if isinstance(keys, str) else list(keys)
 
 
 def _refuse_async_collector() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
 from torchrl_recall.masking import blank_rows, kept_rows, rows_in_range
+from torchrl_recall.model.ensemble import members_of
 from torchrl_recall.model.observation import sorted_keys
 
 # Rows looked at together: memory for a copy of so many, whatever the size of the storage.
@@ -66,7 +67,7 @@ def backward_log_prob(loss: BacktrackLoss, data: TensorDictBase) -> dict[str, Te
             "displacement s_t - s_(t+1) that is not in the model's delta_support; add it there."
         )
     if model.has_stop:
-        members = [model.member(i) for i in range(model.num_members)]
+        members = members_of(model)
         stops = torch.stack([nn.functional.logsigmoid(one.stop_logit(state)) for one in members])
         mean = stops.logsumexp(0) - math.log(len(members))
         terms["start"] = torch.where(loss._is_init(data), mean, 0.0)

@@ -8,12 +8,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensordict import LazyStackedTensorDict, NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer, Storage
+from torchrl.modules import set_recurrent_mode
 
-from torchrl_recall.checks import check_at_least_one, check_key, check_real, check_tensor
+from torchrl_recall.checks import (
+    check_at_least_one,
+    check_key,
+    check_network,
+    check_real,
+)
+from torchrl_recall.state_reading import as_rows, entry
 
 # Bounds the activations of the value network, whatever the size of the storage.
 DEFAULT_CHUNK = 65_536
@@ -67,7 +74,7 @@ def transition_value(
         tensor([2.5000, 1.0000])
     """
     gamma = check_real("gamma", gamma, 0.0, 1.0)
-    check_network(value_network)
+    check_network("value_network", value_network)
     keys = {"reward_key": reward_key, "terminated_key": terminated_key, "value_key": value_key}
     reward_key, terminated_key, value_key = (check_key(*pair) for pair in keys.items())
     if chunk_size is None:
@@ -78,9 +85,7 @@ def transition_value(
         stored: Any = source
         if len(stored) == 0:
             return torch.zeros(0)
-        source = stored[:]
-        if isinstance(source, list) and isinstance(source[0], TensorDictBase):
-            source = LazyStackedTensorDict.lazy_stack(source)
+        source = as_rows(stored[:])
     if not isinstance(source, TensorDictBase):
         raise TypeError(
             "data must be a TensorDict, or a Storage or ReplayBuffer that holds TensorDicts, got "
@@ -130,23 +135,9 @@ def next_state_value(
         if rows is not None:
             state = state.flatten(0, data.ndim - 1)[rows]
         states.set(key, state if parameter is None else state.to(parameter.device))
-    return one_each(value_network(states), value_key)
-
-
-def entry(data: TensorDictBase, key: NestedKey) -> Tensor:
-    """Read an entry, or say which ones there are."""
-    value: Any = data.get(key, None)
-    if value is None:
-        raise KeyError(f"no entry {key!r} among {sorted(map(str, data.keys(True, True)))}")
-    return check_tensor(repr(key), value)
-
-
-def check_network(value_network: Any) -> None:
-    """Refuse what is no value network."""
-    if not isinstance(value_network, TensorDictModuleBase):
-        raise TypeError(
-            f"value_network must be a TensorDictModule, got {type(value_network).__name__}"
-        )
+    # Each row is one step, with the hidden state that was stored with it, if there is one.
+    with set_recurrent_mode(False):
+        return one_each(value_network(states), value_key)
 
 
 def one_each(data: TensorDictBase, key: NestedKey) -> Tensor:

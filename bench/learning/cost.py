@@ -22,7 +22,7 @@ from bench.learning.grids.recipes import COSTS
 from bench.learning.grids.task import Task
 from bench.learning.grids.training import Learner
 from bench.learning.grids.walker import Walker
-from bench.learning.jobs import write
+from bench.result_files import write_result
 
 FILE = store.FOLDER / "cost.json"
 WARM_UP = 5
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     measured = {"rollouts": options.rollouts, **store.provenance()}
     measured["pairs"] = measure(options.rollouts)
-    write(FILE, measured)
+    write_result(FILE, measured)
     print(table(json.loads(FILE.read_text())))
     return 0
 

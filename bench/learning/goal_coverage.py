@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from bench.machine import RESULTS, describe
+from bench.result_files import write_result
 
 FOLDER = RESULTS / "goal_coverage"
 FIGURE = RESULTS / "goal_coverage.png"
@@ -83,9 +83,7 @@ def run(first: int, count: int) -> None:
                 result = Run(variant, seed, settings).run()
                 result |= {"variant": variant, "seed": seed, "settings": asdict(settings)}
                 result["machine"] = describe()
-                made = claim.with_suffix(".made")
-                made.write_text(json.dumps(result, indent=1))
-                os.replace(made, path)
+                write_result(path, result)
             finally:
                 claim.unlink()
             print(f"{variant}, seed {seed}: {result['coverage'][-1]:.2f}", flush=True)
@@ -171,9 +169,10 @@ def draw(curves: dict[str, np.ndarray], steps: np.ndarray) -> None:
     figure, axis = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
     for variant, curve in curves.items():
         mean, width = curve.mean(0), half_width(curve)
-        color = "#1f77b4" if "uniform" in variant else "#d62728"
+        # Source of goals by colour and marker, kind of traces by dashes: greyscale tells both.
+        color, marker = ("#0072B2", "o") if "uniform" in variant else ("#D55E00", "s")
         dashes = "--" if "traces" in variant else ":" if "past" in variant else "-"
-        axis.plot(steps / 1000, mean, dashes, color=color, label=variant)
+        axis.plot(steps / 1000, mean, dashes, color=color, marker=marker, label=variant)
         axis.fill_between(
             steps / 1000, mean - width, mean + width, color=color, alpha=0.08, linewidth=0
         )

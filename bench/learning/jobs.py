@@ -1,13 +1,11 @@
-"""Jobs side by side in processes of one thread each, and results that are whole or absent."""
+"""Jobs side by side in processes of one thread each."""
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -42,12 +40,3 @@ def results(
 def _start_worker() -> None:
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     torch.set_num_threads(1)
-
-
-def write(path: Path, content: dict[str, Any], indent: int | None = 1) -> None:
-    """Write JSON in one go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A run that is cut off leaves no half a result.
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=indent) + "\n")
-    part.replace(path)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
-from bench.learning.jobs import results, write
+from bench.learning.jobs import results
 from bench.learning.rows import ROWS, Row
 from bench.learning.variants import Variant, maker
+from bench.result_files import write_result
 from torchrl_recall.demo.train import train
 from torchrl_recall.envs import success_probability
 
@@ -102,7 +103,7 @@ def run_missing(
     began = time.monotonic()
     finished = results(waiting, partial(_run, size=size, budget=budget), workers)
     for done, ((name, seed), result) in enumerate(finished, 1):
-        write(path_of(folder, (name, seed)), result)
+        write_result(path_of(folder, (name, seed)), result)
         solved = "not solved" if result["t90"] is None else f"{result['t90']:,} steps"
         left = (time.monotonic() - began) / done * (len(waiting) - done) / 60
         print(

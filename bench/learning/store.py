@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.learning.entry import Entry
-from bench.learning.jobs import write
 from bench.machine import RESULTS, describe
+from bench.result_files import write_result
 
 FOLDER = RESULTS / "learning"
 ROOT = RESULTS.parent.parent
@@ -81,7 +81,7 @@ def save(
         "solved_at": measured["solved_at"],
         "log": measured["log"],
     }
-    write(path_of(folder, entry, seed), result, indent=None)
+    write_result(path_of(folder, entry, seed), result, indent=None)
     return result
 
 

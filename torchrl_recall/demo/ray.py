@@ -15,6 +15,10 @@ Where things are, and how weights get there:
   ``num_traces * num_steps`` steps. (``ValueRefresh`` and ``buffer[index]`` also read through the
   buffer's transforms, and would pay for traces that nobody wants.)
 
+So policy and model are in step with what they are used for: a rollout tells the version of its
+weights (``lag_mean`` and ``lag_max`` of the result say how many updates old they were), and a trace
+is walked with the parameters of the moment. Without ``--address``, Ray is started here and ended.
+
 A worker that is killed is started again; without the buffer's actor the run ends with an error.
 """
 

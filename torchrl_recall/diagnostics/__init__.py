@@ -3,16 +3,19 @@
 Beside the data's way, behind `fit` or `BacktrackLoss`: a model, real data or traces go in, results
 with ``scalars()`` for a logger and a picture for each come out.
 
-==============================  ==============================================================
-question                        answer
-==============================  ==============================================================
-is the model right?             `held_out_likelihood`; on a maze, exactly, `maze_divergence`
-do traces follow the posterior? `variational_bound`; on a maze `maze_bound`, `maze_gap`
-is its spread right?            `calibration`
-where do traces really lead?    `compounding_error`
-are traces where data are?      `distance_to_data`, `outside_support`, `never_visited`
-what has been reached?          `goal_coverage`
-==============================  ==============================================================
+===============================  =============================================================
+question                         answer
+===============================  =============================================================
+is the model right?              `held_out_likelihood`; on a maze, exactly, `maze_divergence`
+do traces follow the posterior?  `variational_bound`; on a maze `maze_bound`, `maze_gap`
+is its spread right?             `calibration`
+where do traces really lead?     `compounding_error`
+are traces where data are?       `distance_to_data`, `outside_support`, `never_visited`
+what has been reached?           `goal_coverage`
+===============================  =============================================================
+
+`draw_maze`, `draw_traces` and `animate_traces` show traces in the mazes of `torchrl_recall.envs`,
+`plot_curves` learning curves of several seeds.
 
 **Many predecessors.** A state can have many: against a wall all of ``s' = max(s + a, 0)`` with
 ``s + a <= 0`` end in 0; contacts, sticky ends and absorbing states are alike. A single Gaussian
@@ -56,6 +59,12 @@ from torchrl_recall.diagnostics.figures import (
 )
 from torchrl_recall.diagnostics.kernel import tabular_kernel
 from torchrl_recall.diagnostics.loggers import log_diagnostics
+from torchrl_recall.diagnostics.maze_figures import (
+    animate_traces,
+    draw_maze,
+    draw_traces,
+    plot_curves,
+)
 from torchrl_recall.diagnostics.replay import four_rooms_step, mujoco_step, tensordict_step
 from torchrl_recall.diagnostics.uniformity import (
     Calibration,
@@ -73,9 +82,12 @@ __all__ = [
     "MazeDivergence",
     "NegativeLogLikelihood",
     "OutsideData",
+    "animate_traces",
     "calibration",
     "compounding_error",
     "distance_to_data",
+    "draw_maze",
+    "draw_traces",
     "four_rooms_step",
     "goal_coverage",
     "held_out_likelihood",
@@ -90,6 +102,7 @@ __all__ = [
     "plot_bound",
     "plot_calibration",
     "plot_compounding_error",
+    "plot_curves",
     "plot_distance",
     "plot_divergence",
     "plot_fit",

@@ -20,10 +20,12 @@ from torchrl_recall.diagnostics.kernel import tabular_kernel
 from torchrl_recall.envs.exact import (
     backtrack_kernel,
     start_success,
+    step_divergence,
     transition_probability,
 )
 from torchrl_recall.envs.four_rooms import FourRoomsEnv
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.ensemble import members_of
 from torchrl_recall.traces import sample_traces
 
 
@@ -33,6 +35,13 @@ class Bound(NamedTuple):
     With deterministic or nearly deterministic dynamics a learned model soon samples a trajectory
     that cannot happen, and the bound is minus infinity; ``value_possible`` is the bound of the
     model with such traces filtered out, which is finite.
+
+    Examples:
+        >>> import torch
+        >>> value, evidence = torch.tensor(-1.0), torch.tensor(-0.5)
+        >>> bound = Bound(*[value] * 6, log_evidence=evidence, log_weight=value.expand(8))
+        >>> bound.gap
+        tensor(0.5000)
     """
 
     value: Tensor
@@ -40,7 +49,7 @@ class Bound(NamedTuple):
     standard_error: Tensor
     """Of ``value``; infinite with it."""
     value_possible: Tensor
-    """Bound of q given that the trajectory can happen: its mean log-weight + ``log(possible)``."""
+    """Bound of q given that the trajectory can happen, mean log-weight + ``log(possible)``."""
     standard_error_possible: Tensor
     """Of ``value_possible``."""
     possible: Tensor
@@ -283,12 +292,8 @@ def maze_gap(model: BacktrackModel, env: FourRoomsEnv, action_probability: Tenso
     if int(failed) or not bool((torch.isfinite(visits) & (visits >= -1e-9)).all()):
         raise ValueError("model has a stop head that never ends a walk from the goal.")
     joint = (1 - stop)[:, None, None] * predecessor
-    step = _relative_entropy(stop, exact.stop) + _relative_entropy(joint, exact.joint).sum((1, 2))
+    step = step_divergence((stop, joint), (exact.stop, exact.joint))
     return (visits * step[reached]).sum()
-
-
-def _relative_entropy(given: Tensor, other: Tensor) -> Tensor:
-    return torch.where(given > 0, given * (given.log() - other.log()), 0.0)
 
 
 def _kernels(model: BacktrackModel, env: FourRoomsEnv) -> list[tuple[Tensor, Tensor]]:
@@ -298,7 +303,7 @@ def _kernels(model: BacktrackModel, env: FourRoomsEnv) -> list[tuple[Tensor, Ten
         raise ValueError("model has no stop head, so its traces are no whole trajectories.")
     if model.num_members == 1 or model.member_per == "step":
         return [kernel]
-    return [tabular_kernel(model.member(i), env) for i in range(model.num_members)]
+    return [tabular_kernel(one, env) for one in members_of(model)]
 
 
 def _walk_log_prob(

@@ -13,8 +13,8 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_at_least_one
-from torchrl_recall.support.state_reading import as_keys, entry, trace_states
+from torchrl_recall.checks import check_at_least_one, check_keys
+from torchrl_recall.state_reading import entry, trace_states
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -24,6 +24,15 @@ class CompoundingError(NamedTuple):
 
     A trace's error is the root mean square over dimensions of (replayed - trace) / scale. Replays
     that leave the finite numbers count as infinitely wrong.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> trace = TensorDict({"observation": torch.tensor([[[0.0], [1.0]]])}, [1, 2])
+        >>> trace["action"] = torch.ones(1, 2, 1)
+        >>> trace["next", "observation"] = torch.tensor([[[1.0], [2.5]]])
+        >>> compounding_error(trace, lambda s, a: s + a, steps=(1, 2)).scalars()["mean_2"]
+        0.5
     """
 
     steps: Tensor
@@ -171,7 +180,7 @@ def _columns(trace, observation_keys, action_key) -> tuple[Tensor, Tensor, Tenso
     if trace.ndim == 0 or trace.shape.numel() == 0:
         raise ValueError(f"trace has batch size {tuple(trace.shape)}, expected [*B, T].")
     trace = trace.reshape(-1, trace.shape[-1])
-    states = trace_states(trace, as_keys("observation_keys", observation_keys))
+    states = trace_states(trace, check_keys("observation_keys", observation_keys))
     mask = trace.get(("collector", "mask"), default=None)
     if mask is None:
         mask = torch.ones(trace.shape, dtype=torch.bool, device=states.device)

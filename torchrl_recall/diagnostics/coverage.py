@@ -12,7 +12,14 @@ from torchrl_recall.diagnostics.distance import nearest_distance
 
 
 class GoalCoverage(NamedTuple):
-    """Share of goals that were reached, with Wilson's interval."""
+    """Share of goals that were reached, with Wilson's interval.
+
+    Examples:
+        >>> import torch
+        >>> found = goal_coverage(torch.tensor([True] * 8 + [False] * 2))
+        >>> found.share, round(found.low, 3), round(found.high, 3)
+        (0.8, 0.49, 0.943)
+    """
 
     share: float
     """Of the goals."""
@@ -57,7 +64,7 @@ def goal_coverage(reached: Tensor, *, confidence: float = 0.95) -> GoalCoverage:
             f"reached must be bool with at least one goal, got {reached.dtype} of shape "
             f"{tuple(reached.shape)}."
         )
-    confidence = check_real("confidence", confidence, 0.0, 1.0)
+    confidence = check_real("confidence", confidence, 0.0, 1.0, open_low=True, open_high=True)
     n, share = reached.numel(), float(reached.double().mean())
     half = torch.tensor((1 + confidence) / 2, dtype=torch.float64)
     z = float(torch.special.ndtri(half))

@@ -15,7 +15,15 @@ PAIRS_AT_ONCE = 4_000_000
 
 
 class DistanceToData(NamedTuple):
-    """Nearest-neighbour distances of traces to real states, beside those of the real states."""
+    """Nearest-neighbour distances of traces to real states, beside those of the real states.
+
+    Examples:
+        >>> import torch
+        >>> real = torch.linspace(0, 1, 101).unsqueeze(-1)
+        >>> found = distance_to_data(torch.tensor([[[0.5], [2.0]]]), real)
+        >>> found.scalars()["outside"]
+        0.5
+    """
 
     distance: Tensor
     """Of each step to the nearest real state, ``[*B, T]``, in scales; NaN where masked."""
@@ -38,7 +46,14 @@ class DistanceToData(NamedTuple):
 
 
 class OutsideData(NamedTuple):
-    """Share of a trace's states that are outside the data."""
+    """Share of a trace's states that are outside the data.
+
+    Examples:
+        >>> import torch
+        >>> visits = torch.tensor([5, 1, 0])
+        >>> never_visited(torch.tensor([[2, 0], [1, 0]]), visits).scalars()
+        {'share': 0.25}
+    """
 
     share: Tensor
     """Over kept steps; NaN if there is none."""

@@ -14,14 +14,21 @@ from torch import Tensor
 from torchrl_recall.backtrack_loss import BacktrackLoss
 from torchrl_recall.checks import check_at_least_one
 from torchrl_recall.diagnostics.kernel import tabular_kernel
-from torchrl_recall.envs.exact import backtrack_kernel, kernel_divergence
+from torchrl_recall.envs.exact import backtrack_kernel, kernel_divergence, step_divergence
 from torchrl_recall.envs.four_rooms import FourRoomsEnv
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.transitions import backward_log_prob, usable_rows
 
 
 class MazeDivergence(NamedTuple):
-    """``KL(q* || q)`` of a model from the exact kernel, in nats (float64)."""
+    """``KL(q* || q)`` of a model from the exact kernel, in nats (float64).
+
+    Examples:
+        >>> import torch
+        >>> number = torch.tensor(0.5)
+        >>> MazeDivergence(number, 8 * number, number.expand(4), torch.full((4,), 2.0)).scalars()
+        {'per_step': 0.5, 'trajectory': 4.0}
+    """
 
     per_step: Tensor
     """Of one backward step, weighted by expected visits; a scalar."""
@@ -38,7 +45,15 @@ class MazeDivergence(NamedTuple):
 
 
 class NegativeLogLikelihood(NamedTuple):
-    """Mean negative log-likelihood of real transitions, by factor, in nats (float64 scalars)."""
+    """Mean negative log-likelihood of real transitions, by factor, in nats (float64 scalars).
+
+    Examples:
+        >>> import torch
+        >>> half = torch.tensor(0.5)
+        >>> found = NegativeLogLikelihood(2 * half, half / 8, half, half, None, 64)
+        >>> found.scalars()["total"], found.num_rows
+        (1.0, 64)
+    """
 
     total: Tensor
     """Of the whole step; with a stop head its stop examples too, as in `BacktrackLoss`. Of an
@@ -95,9 +110,7 @@ def maze_divergence(
     stop, predecessor = tabular_kernel(model, env)
     total = kernel_divergence(exact, stop, predecessor)
     joint = (1 - stop)[:, None, None] * predecessor
-    per_state = torch.where(exact.stop > 0, exact.stop * (exact.stop / stop).log(), 0.0)
-    steps = torch.where(exact.joint > 0, exact.joint * (exact.joint / joint).log(), 0.0)
-    per_state = per_state + steps.sum((1, 2))
+    per_state = step_divergence((exact.stop, exact.joint), (stop, joint))
     return MazeDivergence(total.per_step, total.trajectory, per_state, exact.visits)
 
 

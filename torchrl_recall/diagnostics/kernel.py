@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchrl_recall.envs.four_rooms import FourRoomsEnv
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.ensemble import members_of
 from torchrl_recall.model.heads import CategoricalHead
 
 
@@ -50,17 +51,9 @@ def tabular_kernel(model: BacktrackModel, env: FourRoomsEnv) -> tuple[Tensor, Te
         True
     """
     _check_maze_model(model, env)
-    if model.num_members > 1:
-        return _mixture([tabular_kernel(model.member(i), env) for i in range(model.num_members)])
-    num_states = env.size**2
-    states = model.observation.from_joint_index(torch.arange(num_states, device=model.device))
-    kernels = [_member_kernel(model.member(i), states) for i in range(model.num_members)]
-    if len(kernels) == 1:
-        return kernels[0]
-    stop = torch.stack([one for one, _ in kernels])
-    joint = torch.stack([(1 - one)[:, None, None] * steps for one, steps in kernels])
-    goes_on = (1 - stop).mean(0)[:, None, None]
-    return stop.mean(0), torch.where(goes_on > 0, joint.mean(0) / goes_on, 0.0)
+    states = model.observation.from_joint_index(torch.arange(env.size**2, device=model.device))
+    kernels = [_member_kernel(one, states) for one in members_of(model)]
+    return kernels[0] if len(kernels) == 1 else _mixture(kernels)
 
 
 def _member_kernel(model: BacktrackModel, states: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from tensordict import NestedKey, TensorDict, unravel_key
 from torch import Tensor
 from torchrl.envs import EnvBase
 
+from torchrl_recall.checks import check_keys
 from torchrl_recall.diagnostics.compounding import Step
 from torchrl_recall.envs.four_rooms import FourRoomsEnv
 
@@ -79,8 +80,7 @@ def tensordict_step(
         >>> step(torch.zeros(2, 2), torch.zeros(2, 1)).tolist()  # upright, at rest
         [[0.0, 0.0], [0.0, 0.0]]
     """
-    keys = observation_keys if isinstance(observation_keys, list) else [observation_keys]
-    keys = [unravel_key(key) for key in keys]
+    keys = check_keys("observation_keys", observation_keys)
     specs = env.observation_spec_unbatched
     leaves = [unravel_key(key) for key in specs.keys(True, True)]
     missing = [key for key in keys if key not in leaves]

@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from torchrl_recall.backtrack_loss import BacktrackLoss
-from torchrl_recall.checks import check_device, check_real
+from torchrl_recall.checks import check_choice, check_device, check_real
 from torchrl_recall.diagnostics.cdf import model_cdf
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.transitions import usable_rows
@@ -27,6 +27,13 @@ class Calibration(NamedTuple):
     """The probability integral transform (PIT) of real transitions, against the uniform.
 
     The p-values take rows as independent; those of a trajectory may not be.
+
+    Examples:
+        >>> import torch
+        >>> half = torch.tensor([0.5])
+        >>> found = Calibration(half[None], half, half, torch.tensor([0.9]), torch.tensor([[0.8]]))
+        >>> round(found.scalars()["coverage_90"], 2)  # too sure: 0.9 would be right
+        0.8
     """
 
     pit: Tensor
@@ -102,9 +109,10 @@ def calibration(
     """
     if not isinstance(model, BacktrackModel):
         raise TypeError(f"model must be a BacktrackModel, got {type(model).__name__}.")
-    if factor not in ("action", "delta"):
-        raise ValueError(f"factor must be 'action' or 'delta', got {factor!r}.")
-    chosen = [check_real("levels", level, 0.0, 1.0) for level in levels]
+    check_choice("factor", factor, Factor)
+    chosen = [
+        check_real("levels", level, 0.0, 1.0, open_low=True, open_high=True) for level in levels
+    ]
     if generator is not None:
         check_device("generator", generator.device, model.device)
     data = data.reshape(-1)

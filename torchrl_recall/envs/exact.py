@@ -20,6 +20,13 @@ class BacktrackKernel(NamedTuple):
 
     After Goyal et al., 2019 (arXiv 1804.00379); with its stop outcome it is the posterior over
     whole trajectories that end in the goal. Rows of states that are never visited are zero.
+
+    Examples:
+        >>> import torch
+        >>> kernel = backtrack_kernel(FourRoomsEnv(5), torch.full((25, 4), 0.25))
+        >>> total = kernel.stop + kernel.joint.sum((1, 2))
+        >>> torch.allclose(total[kernel.visits > 0], torch.ones(1, dtype=torch.float64))
+        True
     """
 
     stop: Tensor
@@ -41,7 +48,15 @@ class BacktrackKernel(NamedTuple):
 
 
 class KernelDivergence(NamedTuple):
-    """How far a backward model is from the exact one, in nats (float64 scalars)."""
+    """How far a backward model is from the exact one, in nats (float64 scalars).
+
+    Examples:
+        >>> import torch
+        >>> kernel = backtrack_kernel(FourRoomsEnv(5), torch.full((25, 4), 0.25))
+        >>> found = kernel_divergence(kernel, kernel.stop, kernel.predecessor)
+        >>> found.per_step.item(), found.trajectory.item()
+        (0.0, 0.0)
+    """
 
     per_step: Tensor
     """Mean divergence of one backward step, weighted by expected visits."""
@@ -296,14 +311,27 @@ def kernel_divergence(
                 f"{name} must have shape {list(wanted.shape)}, got {list(given.shape)}"
             )
     model = BacktrackKernel(stop.double(), predecessor.double(), exact.visits)
-    step = _relative_entropy(exact.stop, model.stop)
-    step = step + _relative_entropy(exact.joint, model.joint).sum((1, 2))
-    trajectory = exact.visits @ step
+    trajectory = exact.visits @ step_divergence(
+        (exact.stop, exact.joint), (model.stop, model.joint)
+    )
     return KernelDivergence(trajectory / exact.visits.sum(), trajectory)
 
 
-def _relative_entropy(exact: Tensor, model: Tensor) -> Tensor:
-    return torch.where(exact > 0, exact * (exact.log() - model.log()), 0.0)
+def step_divergence(given: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """Return ``KL(given || other)`` of one step backwards from each state, in nats.
+
+    Args:
+        given (pair of Tensor): ``q(stop | s')``, ``[S']``, and ``q(s, a, no stop | s')``,
+            ``[S', A, S]``.
+        other (pair of Tensor): of the same shapes.
+
+    Returns:
+        Tensor: ``[S']``; infinite where the other cannot do what is given.
+    """
+    stop, steps = (
+        torch.where(p > 0, p * (p.log() - q.log()), 0.0) for p, q in zip(given, other, strict=True)
+    )
+    return stop + steps.sum((1, 2))
 
 
 def _as_policy(env: FourRoomsEnv, action_probability: Tensor) -> Tensor:

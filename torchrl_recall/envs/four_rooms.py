@@ -81,8 +81,8 @@ class FourRoomsEnv(SeededEnv):
         super().__init__(device=device, batch_size=torch.Size(batch_size))
         self.size = size
         self.start: Start = start
-        self.slip = float(slip)
-        self.max_steps = 10 * size if max_steps == "auto" else max_steps
+        self.slip: float = float(slip)
+        self.max_steps: int | None = 10 * size if max_steps == "auto" else max_steps
         self._make_tables()
         self._make_specs()
         # What an episode remembers; saved with the state dict.

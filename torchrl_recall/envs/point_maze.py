@@ -43,7 +43,7 @@ class PointMazeEnv(SeededEnv):
     ``"success"`` ``[..., 1]`` bool, within ``goal_radius``; with a time limit ``"elapsed"``
     ``[..., 1]`` int64, steps so far; with ``goal_in_observation`` ``"desired_goal"``
     and ``"achieved_goal"``, the position. A step reads ``"observation"``, ``"elapsed"`` and
-    ``"desired_goal"``, and `reset(tensordict, set_state=True)` takes those of them that are there.
+    ``"desired_goal"``, and ``reset(tensordict, set_state=True)`` takes those that are there.
 
     Args:
         maze: ``"u"``, ``"large"``, or rows of ``#`` wall, space, ``S`` start, ``G`` goal (the
@@ -122,17 +122,19 @@ class PointMazeEnv(SeededEnv):
         self.start: Place = start
         self.goal_mode: Place = goal
         self.dynamics: Dynamics = dynamics
-        self.step_size = _positive("step_size", step_size, math.inf)
-        self.inertia = check_real("inertia", inertia, 0.0, math.nextafter(1, 0))
-        self.noise = check_real("noise", noise, 0.0, 1e6)
-        self.goal_radius = _positive("goal_radius", goal_radius, 0.5)
-        self.goal_in_observation = bool(goal_in_observation)
+        self.step_size: float = _positive("step_size", step_size, math.inf)
+        self.inertia: float = check_real("inertia", inertia, 0.0, math.nextafter(1, 0))
+        self.noise: float = check_real("noise", noise, 0.0, 1e6)
+        self.goal_radius: float = _positive("goal_radius", goal_radius, 0.5)
+        self.goal_in_observation: bool = bool(goal_in_observation)
         self.dtype = dtype
         self._state_size = 2 if dynamics == "position" else 4
         self._make_tables(maze)
         if max_steps == "auto":
             max_steps = math.ceil(4 * len(self._free_cells) / self.step_size)
-        self.max_steps = None if max_steps is None else check_at_least_one("max_steps", max_steps)
+        self.max_steps: int | None = (
+            None if max_steps is None else check_at_least_one("max_steps", max_steps)
+        )
         self._make_specs()
         self._make_generator(seed)
 
@@ -296,12 +298,12 @@ class PointMazeEnv(SeededEnv):
         written = read | {"success": flag}
         if self.goal_in_observation:
             written["achieved_goal"] = place
-        self.observation_spec = _composite(written, batch, device)
-        self.state_spec = _composite(read, batch, device)
-        self.action_spec = box([-1.0, -1.0], [1.0, 1.0])
+        self.observation_spec: Any = _composite(written, batch, device)
+        self.state_spec: Any = _composite(read, batch, device)
+        self.action_spec: Any = box([-1.0, -1.0], [1.0, 1.0])
         self.reward_spec = Unbounded(shape=column, **options)
         ends: dict[str, Any] = dict.fromkeys(("done", "terminated", "truncated"), flag)
-        self.full_done_spec = _composite(ends, batch, device)
+        self.full_done_spec: Any = _composite(ends, batch, device)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
         # Of a partial reset TorchRL keeps the rows that were asked for.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torchrl.envs import EnvBase
+
+from torchrl_recall.generators import carry_generator, unpack_generator
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -39,6 +41,12 @@ class SeededEnv(EnvBase):
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the random generator from the state dict."""
         self._generator.set_state(state.cpu())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return carry_generator(super().__getstate__(), "_generator")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(unpack_generator(state, "_generator"))
 
     def _make_generator(self, seed: int | None) -> None:
         self._generator = torch.Generator(self.device)

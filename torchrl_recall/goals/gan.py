@@ -17,10 +17,15 @@ from torch import Tensor, nn
 from torchrl.data.tensor_specs import Bounded
 from torchrl.modules import MLP
 
-from torchrl_recall.checks import check_at_least_one, check_device, check_real
+from torchrl_recall.checks import check_at_least_one, check_choice, check_keys, check_real
+from torchrl_recall.generators import (
+    carry_generator,
+    follow_device,
+    own_generator,
+    unpack_generator,
+)
 from torchrl_recall.goals.lsgan import discriminator_loss, generator_loss
 from torchrl_recall.goals.space import GoalMemory, GoalSpace
-from torchrl_recall.starts.batch import key_list
 
 GoalToState = Callable[[Tensor], Any]
 
@@ -62,7 +67,7 @@ class GoalGAN(nn.Module):
         goal_to_state (callable, optional): turns goals ``[n, D]`` into observations, as a tensor
             ``[n, *observation]`` (one observation key), a mapping or a TensorDict. By default a
             goal is an observation.
-        observation_keys (NestedKey or sequence of NestedKey): the model's observation keys.
+        observation_keys (NestedKey or list of NestedKey): the model's observation keys.
         generator (torch.Generator, optional): source of randomness of `sample` and `update`, on
             the module's device. By default an own one, seeded from torch's. Saved in
             ``state_dict()``, as are the optimizers' states. Initial parameters are torch's.
@@ -85,6 +90,9 @@ class GoalGAN(nn.Module):
         >>> gan.sample(6).shape
         torch.Size([6, 2])
     """
+
+    goal_optimizer: torch.optim.Adam
+    discriminator_optimizer: torch.optim.Adam
 
     is_fitted: Tensor
 
@@ -111,29 +119,27 @@ class GoalGAN(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.space = GoalSpace(goal, device=device)
-        self.noise_dim = check_at_least_one("noise_dim", noise_dim)
+        self.space: GoalSpace = GoalSpace(goal, device=device)
+        self.noise_dim: int = check_at_least_one("noise_dim", noise_dim)
         if isinstance(num_cells, str) or not isinstance(num_cells, Sequence):
             raise TypeError(f"num_cells must be a sequence of widths, got {num_cells!r}.")
         num_cells = [check_at_least_one("num_cells", width) for width in num_cells]
-        self.min_success = check_real("min_success", min_success, 0.0, 1.0)
-        self.max_success = check_real("max_success", max_success, self.min_success, 1.0)
-        self.replay_share = check_real("replay_share", replay_share, 0.0, 1.0)
+        self.min_success: float = check_real("min_success", min_success, 0.0, 1.0)
+        self.max_success: float = check_real("max_success", max_success, self.min_success, 1.0)
+        self.replay_share: float = check_real("replay_share", replay_share, 0.0, 1.0)
         # Rounding of 1/3 + 2/3 aside.
-        self.uniform_share = check_real(
+        self.uniform_share: float = check_real(
             "uniform_share", uniform_share, 0.0, 1.0 - self.replay_share + 1e-12
         )
-        self.targets = tuple(check_real("targets", target) for target in targets)
+        self.targets: tuple[float, ...] = tuple(check_real("targets", target) for target in targets)
         if len(self.targets) != 3 or not all(map(math.isfinite, self.targets)):
             raise ValueError(f"targets must be three finite numbers (a, b, c), got {targets}.")
-        self.batch_size = check_at_least_one("batch_size", batch_size)
-        if starts not in ("good", "sample"):
-            raise ValueError(f"starts must be 'good' or 'sample', got {starts!r}.")
-        self.starts = starts
+        self.batch_size: int = check_at_least_one("batch_size", batch_size)
+        self.starts: Any = check_choice("starts", starts, ("good", "sample"))
         if goal_to_state is not None and not callable(goal_to_state):
             raise TypeError(f"goal_to_state must be callable, got {type(goal_to_state).__name__}.")
         self.goal_to_state = goal_to_state
-        self.observation_keys = key_list("observation_keys", observation_keys)
+        self.observation_keys: list[NestedKey] = check_keys("observation_keys", observation_keys)
 
         size, factory = self.space.size, self.space.factory
         shape: dict[str, Any] = {"num_cells": num_cells, "activation_class": nn.ReLU}
@@ -145,7 +151,7 @@ class GoalGAN(nn.Module):
             for network in (self.goal_network, self.discriminator_network)
         )
         # In coordinates scaled to [-1, 1].
-        self.memory = GoalMemory(
+        self.memory: GoalMemory = GoalMemory(
             check_at_least_one("replay_size", replay_size),
             size,
             check_real("min_distance", min_distance, 0.0),
@@ -153,14 +159,7 @@ class GoalGAN(nn.Module):
         )
         self.register_buffer("is_fitted", torch.zeros((), dtype=torch.bool, device=device))
         self._good = torch.zeros(0, size, **factory)  # scaled, too
-        if generator is None:
-            seed = int(torch.empty((), dtype=torch.int64).random_())
-            generator = torch.Generator(self.device).manual_seed(seed)
-        elif not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
-        else:
-            check_device("generator", generator.device, self.device)
-        self.generator = generator
+        self.generator = own_generator(generator, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -349,11 +348,14 @@ class GoalGAN(nn.Module):
         return start.set(("collector", "mask"), kept)
 
     def _generator(self) -> torch.Generator:
-        device = self.device
-        if self.generator.device.type != device.type:
-            # The module has moved: go on with a stream of the same seed over there.
-            self.generator = torch.Generator(device).manual_seed(self.generator.initial_seed())
+        self.generator: torch.Generator = follow_device(self.generator, self.device)
         return self.generator
+
+    def __getstate__(self) -> dict[str, Any]:
+        return carry_generator(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(unpack_generator(state))
 
     def _optimizers(self) -> tuple[torch.optim.Adam, torch.optim.Adam]:
         return self.goal_optimizer, self.discriminator_optimizer

@@ -1,4 +1,4 @@
-"""The least-squares objective of GoalGAN, on scores alone. For `goals.py`.
+"""The least-squares objective of GoalGAN, on scores alone. For `gan.py`.
 
 Source: Held, Geng, Florensa, Abbeel, *Automatic Goal Generation for Reinforcement Learning Agents*,
 ICML 2018, https://arxiv.org/abs/1705.06366, equation 5.

@@ -10,7 +10,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 
 from torchrl_recall.masking import one_each
 from torchrl_recall.starts.batch import unmasked_rows
-from torchrl_recall.values import entry
+from torchrl_recall.state_reading import entry
 
 
 def success_rates(

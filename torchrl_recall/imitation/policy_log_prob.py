@@ -11,8 +11,9 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import CompositeDistribution
 from torch import Tensor
+from torch.distributions import Categorical
 
-from torchrl_recall.model.joint_action import as_keys
+from torchrl_recall.checks import as_keys
 from torchrl_recall.model.observation import sorted_keys
 
 
@@ -116,5 +117,20 @@ def _log_prob(distribution: Any, action: Tensor, key: NestedKey) -> Tensor:
             f"trace {key!r} has shape {tuple(action.shape)}, but the actor's distribution is over "
             f"actions of shape {tuple(event)}."
         )
+    _check_classes(distribution, action, key)
     # TorchRL's one-hot distributions cannot read the dtype of its one-hot specs.
     return distribution.log_prob(action.long() if action.dtype == torch.bool else action)
+
+
+def _check_classes(distribution: Any, action: Tensor, key: NestedKey) -> None:
+    """Refuse classes that do not exist: on a GPU they would end the process."""
+    if not isinstance(distribution, Categorical) or torch.compiler.is_compiling():
+        return
+    *batch, classes = distribution.logits.shape
+    if action.shape != torch.Size(batch):  # one-hot, or wrong, which the result's shape tells
+        return
+    if bool(((action < 0) | (action >= classes)).any()):
+        raise ValueError(
+            f"trace {key!r} must hold classes from 0 to {classes - 1} at kept steps, got "
+            f"{action.min()} to {action.max()}."
+        )

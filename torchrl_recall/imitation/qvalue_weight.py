@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
+from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 from torchrl.objectives.common import LossModule
 
 from torchrl_recall.checks import check_finite, check_flag
+from torchrl_recall.imitation.recurrent import check_memoryless
 from torchrl_recall.imitation.weights import (
     ImitationKeys,
     PositivePart,
-    check_network,
     network_output,
     one_each_step,
     state_value,
@@ -25,9 +27,10 @@ from torchrl_recall.masking import fill_rows, filled_entries
 class QValueWeight(PositivePart):
     """Weight ``max(Q(s_t, a_t) - V(s_t), 0)``: imitate actions that are better than the policy's.
 
-    V is ``Q(s, π(s))`` with the actor's deterministic action (as the loss asks for it, see its
-    ``deterministic_sampling_mode``), for a Q-network of discrete actions ``Σ_a π(a|s) Q(s, a)``,
-    or a critic's value. The networks are shared, not owned, as in `AdvantageWeight`.
+    V is ``Q(s, π(s))`` with the actor's deterministic action (a loss's
+    ``deterministic_sampling_mode`` or, called directly, ``set_exploration_type`` can ask for
+    another one), for a Q-network of discrete actions ``Σ_a π(a|s) Q(s, a)``, or a critic's value.
+    The networks are shared, not owned, as in `AdvantageWeight`.
 
     Args:
         qvalue_network (TensorDictModuleBase or LossModule): reads state and action and writes
@@ -76,11 +79,11 @@ class QValueWeight(PositivePart):
             raise TypeError(
                 f"qvalue_network is a {type(qvalue_network).__name__}, which has no qvalue_network."
             )
-        self.qvalue_network = check_network("qvalue_network", qvalue_network)
+        self.qvalue_network: Any = check_memoryless("qvalue_network", qvalue_network)
         if (actor is None) == (critic is None):
             raise ValueError("expected one of actor and critic, which say V, got both or neither.")
-        self.actor = None if actor is None else check_network("actor", actor)
-        self.critic = None if critic is None else check_network("critic", critic)
+        self.actor: Any = None if actor is None else check_memoryless("actor", actor)
+        self.critic: Any = None if critic is None else check_memoryless("critic", critic)
         self.gate = check_flag("gate", gate)
 
     def _network(self) -> Any:
@@ -93,13 +96,27 @@ class QValueWeight(PositivePart):
         return list(dict.fromkeys([*self._network().in_keys, *policy.in_keys, keys.action]))
 
     def in_keys(self, keys: ImitationKeys) -> list[NestedKey]:
-        """List what is read of the batch."""
+        """List what is read of the batch.
+
+        Args:
+            keys (ImitationKeys): where things are.
+
+        Returns:
+            list of NestedKey: keys at the root of the batch.
+        """
         return [unravel_key((keys.trace, name)) for name in self._names(keys)]
 
     def advantage(
         self, trace: TensorDictBase, tensordict: TensorDictBase, kept: Tensor, keys: ImitationKeys
     ) -> Tensor:
-        """Return ``Q(s_t, a_t) - V(s_t)``, ``[*B, T]``; of any value where steps are masked."""
+        """Return ``Q(s_t, a_t) - V(s_t)``, ``[*B, T]``; of any value where steps are masked.
+
+        Args:
+            trace (TensorDictBase): ``[*B, T]``, oldest step first.
+            tensordict (TensorDictBase): the batch that carries the trace.
+            kept (Tensor): ``[*B, T]`` bool; False where the trace may hold anything.
+            keys (ImitationKeys): where things are.
+        """
         data = filled_entries(trace, self._names(keys), kept)
         states = data.exclude(keys.action)
         of_pairs = keys.action in self._network().in_keys
@@ -114,7 +131,8 @@ class QValueWeight(PositivePart):
             return taken - state_value(self.critic, states, keys.state_value, kept)
         actor: Any = self.actor
         if of_pairs:
-            own = actor(states.select(*actor.in_keys)).get(keys.action, default=None)
+            with _deterministic():
+                own = actor(states.select(*actor.in_keys)).get(keys.action, default=None)
             if own is None:
                 raise KeyError(
                     f"the actor writes no {keys.action!r}, its keys are {actor.out_keys}."
@@ -143,6 +161,13 @@ class QValueWeight(PositivePart):
             with copy.to_module(network, preserve_module_state=False):
                 values.append(network_output(network, data.copy(), key))
         return torch.stack(values).amin(0)
+
+
+def _deterministic() -> Any:
+    """Let a policy act without chance, unless the loss or the user has said how it acts."""
+    if exploration_type() is None:
+        return set_exploration_type(ExplorationType.DETERMINISTIC)
+    return nullcontext()
 
 
 def _chosen(qvalue: Tensor, action: Tensor, keys: ImitationKeys) -> Tensor:

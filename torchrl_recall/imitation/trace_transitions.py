@@ -70,7 +70,8 @@ def trace_transitions(
         ValueError: rewards or ends of a wrong shape; non-finite entries at kept steps; a trace
             without a time dimension.
 
-    Source: after Lee et al., *BMPO*, NeurIPS 2020, https://arxiv.org/abs/2007.01995.
+    Source: after Lai et al., *Bidirectional Model-based Policy Optimization*, ICML 2020,
+    https://arxiv.org/abs/2007.01995.
 
     Examples:
         >>> import torch

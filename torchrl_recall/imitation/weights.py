@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_finite, check_flag, check_real
+from torchrl_recall.checks import check_choice, check_finite, check_flag, check_real
+from torchrl_recall.imitation.recurrent import check_memoryless
 from torchrl_recall.masking import fill_rows, filled_entries, one_each
 from torchrl_recall.model.observation import sorted_keys
 
@@ -35,6 +36,19 @@ class ImitationKeys:
         state_value (NestedKey): where a critic writes V(s).
         state_action_value (NestedKey): where a Q-network writes Q(s, a).
         action_value (NestedKey): where a Q-network of discrete actions writes all of Q(s, ·).
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule
+        >>> from torch import nn
+        >>> from torchrl.modules import ProbabilisticActor, TanhNormal
+        >>> from torchrl_recall import RecallTraceLoss
+        >>> actor = ProbabilisticActor(
+        ...     TensorDictModule(nn.Linear(3, 1), ["observation"], ["loc"]), ["loc"],
+        ...     distribution_class=TanhNormal, distribution_kwargs={"scale": 0.1})
+        >>> loss = RecallTraceLoss(actor)
+        >>> loss.set_keys(trace="recall")
+        >>> loss.tensor_keys.trace
+        'recall'
     """
 
     trace: NestedKey = "trace"
@@ -52,6 +66,13 @@ class ImitationWeight(Protocol):
     """Says how much each step of traces counts.
 
     An ``in_keys(keys)`` beside it may list what it reads of the batch, for ``loss.in_keys``.
+
+    Examples:
+        >>> import torch
+        >>> def late_steps(trace, tensordict, kept, keys):
+        ...     return torch.linspace(0.1, 1, kept.shape[-1]).expand(kept.shape)
+        >>> isinstance(late_steps, ImitationWeight)  # RecallTraceLoss(actor, weight=late_steps)
+        True
     """
 
     def __call__(
@@ -132,7 +153,14 @@ class PositivePart:
     def advantage(
         self, trace: TensorDictBase, tensordict: TensorDictBase, kept: Tensor, keys: ImitationKeys
     ) -> Tensor:
-        """Return the advantage, ``[*B, T]``; of any value where steps are masked."""
+        """Return the advantage, ``[*B, T]``; of any value where steps are masked.
+
+        Args:
+            trace (TensorDictBase): ``[*B, T]``, oldest step first.
+            tensordict (TensorDictBase): the batch that carries the trace.
+            kept (Tensor): ``[*B, T]`` bool; False where the trace may hold anything.
+            keys (ImitationKeys): where things are.
+        """
         raise NotImplementedError
 
 
@@ -188,15 +216,20 @@ class AdvantageWeight(PositivePart):
         gate: bool = False,
         value_of: Literal["state", "transition"] = "state",
     ) -> None:
-        self.critic = check_network("critic", critic)
-        self.gamma = check_real("gamma", gamma, 0.0, 1.0)
+        self.critic = check_memoryless("critic", critic)
+        self.gamma: float = check_real("gamma", gamma, 0.0, 1.0)
         self.gate = check_flag("gate", gate)
-        if value_of not in ("state", "transition"):
-            raise ValueError(f"value_of must be 'state' or 'transition', got {value_of!r}.")
-        self.value_of = value_of
+        self.value_of = check_choice("value_of", value_of, ("state", "transition"))
 
     def in_keys(self, keys: ImitationKeys) -> list[NestedKey]:
-        """List what is read of the batch."""
+        """List what is read of the batch.
+
+        Args:
+            keys (ImitationKeys): where things are.
+
+        Returns:
+            list of NestedKey: keys at the root of the batch.
+        """
         names = [unravel_key((keys.trace, name)) for name in self.critic.in_keys]
         if keys.value is not None:
             return [*names, keys.value]
@@ -205,7 +238,14 @@ class AdvantageWeight(PositivePart):
     def advantage(
         self, trace: TensorDictBase, tensordict: TensorDictBase, kept: Tensor, keys: ImitationKeys
     ) -> Tensor:
-        """Return ``R_t - V(s_t)``, ``[*B, T]``; of any value where steps are masked."""
+        """Return ``R_t - V(s_t)``, ``[*B, T]``; of any value where steps are masked.
+
+        Args:
+            trace (TensorDictBase): ``[*B, T]``, oldest step first.
+            tensordict (TensorDictBase): the batch that carries the trace.
+            kept (Tensor): ``[*B, T]`` bool; False where the trace may hold anything.
+            keys (ImitationKeys): where things are.
+        """
         states = filled_entries(trace, self.critic.in_keys, kept)
         value = state_value(self.critic, states, keys.state_value, kept)
         return self.returns(trace, tensordict, kept, keys) - value
@@ -213,7 +253,14 @@ class AdvantageWeight(PositivePart):
     def returns(
         self, trace: TensorDictBase, tensordict: TensorDictBase, kept: Tensor, keys: ImitationKeys
     ) -> Tensor:
-        """Return ``R_t``, ``[*B, T]``; of any value where steps are masked."""
+        """Return ``R_t``, ``[*B, T]``; of any value where steps are masked.
+
+        Args:
+            trace (TensorDictBase): ``[*B, T]``, oldest step first.
+            tensordict (TensorDictBase): the batch that carries the trace.
+            kept (Tensor): ``[*B, T]`` bool; False where the trace may hold anything.
+            keys (ImitationKeys): where things are.
+        """
         reward = trace.get(keys.trace_reward, default=None)
         if reward is not None:
             reward = one_each(trace, reward.detach(), f"trace {keys.trace_reward!r}")
@@ -252,13 +299,6 @@ class AdvantageWeight(PositivePart):
                 )
             last.set(key, fill_rows(state.detach().select(some.ndim, -1), some))
         return state_value(self.critic, last, keys.state_value, some, check=False)
-
-
-def check_network(name: str, network: Any) -> Any:
-    """Return a TensorDictModule, or refuse what is none."""
-    if not isinstance(network, TensorDictModuleBase):
-        raise TypeError(f"{name} must be a TensorDictModule, got {type(network).__name__}.")
-    return network
 
 
 def network_output(network: TensorDictModuleBase, data: TensorDictBase, key: NestedKey) -> Tensor:

@@ -17,6 +17,7 @@ from torchrl.data.tensor_specs import TensorSpec
 from torchrl.envs import EnvBase
 
 from torchrl_recall.checks import (
+    as_keys,
     check_at_least_one,
     check_choice,
     check_interval,
@@ -25,17 +26,17 @@ from torchrl_recall.checks import (
     usable_device,
 )
 from torchrl_recall.model.delta_head import build_delta_head
-from torchrl_recall.model.ensemble import Ensemble, mixed_terms
 from torchrl_recall.model.environment_specs import model_arguments
-from torchrl_recall.model.joint_action import as_keys, build_action
+from torchrl_recall.model.joint_action import build_action
 from torchrl_recall.model.networks import add_networks, choose_dtype, start_heads
 from torchrl_recall.model.observation import ObservationCodec, as_mapping
+from torchrl_recall.model.step_factors import StepFactors
 
 MemberPer = Literal["step", "trace"]
 ReverseAction = Literal["learned", "uniform"]
 
 
-class BacktrackModel(Ensemble, TensorDictModuleBase):
+class BacktrackModel(StepFactors, TensorDictModuleBase):
     """Predicts the step that preceded a state: stop, action, and change of state.
 
     The three factors are networks of their own: ``q(stop|s')`` (optional) is the probability that
@@ -60,8 +61,9 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
             for grids and other lattices. Makes Δ categorical over them.
         stop (bool): whether to learn where episodes begin. Needs ``is_init`` in the training data
             (TorchRL's ``InitTracker``).
-        observation_keys (sequence of NestedKey, optional): order of the keys of a mapping, or the
-            name of the single key. Defaults to ``["observation"]`` or the mapping's own keys.
+        observation_keys (NestedKey or list of NestedKey, optional): order of the keys of a mapping,
+            or the name of the single key. Defaults to ``["observation"]`` or the mapping's own
+            keys.
         action_key (NestedKey): name of the action; a mapping's are its own keys.
         is_init_key (NestedKey): name of the mark of an episode's first step.
         action_log_scale_range (pair of float): bounds of the log of the action's scale.
@@ -99,11 +101,6 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
         torch.Size([5])
     """
 
-    # None without a stop head, or where actions are uniform; an ensemble's are its members'.
-    action_network: Any
-    delta_network: Any
-    stop_network: Any
-
     def __init__(
         self,
         observation: int | TensorSpec | Mapping[NestedKey, int | TensorSpec],
@@ -113,7 +110,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
         activation_class: type[nn.Module] = nn.ReLU,
         delta_support: Tensor | None = None,
         stop: bool = False,
-        observation_keys: Sequence[NestedKey] | None = None,
+        observation_keys: NestedKey | Sequence[NestedKey] | None = None,
         action_key: NestedKey = "action",
         is_init_key: NestedKey = "is_init",
         action_log_scale_range: tuple[float, float] = (-5.0, 2.0),
@@ -136,12 +133,12 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
         uniform = check_choice("reverse_action", reverse_action, ReverseAction) == "uniform"
         factory: dict[str, Any] = {"dtype": dtype, "device": usable_device("device", device)}
 
-        self.observation = ObservationCodec(observations, **factory)
+        self.observation: ObservationCodec = ObservationCodec(observations, **factory)
         self.action, self.action_key = build_action(
             action, action_key, action_range, uniform=uniform, **factory
         )
-        self.is_init_key = check_key("is_init_key", is_init_key)
-        self.delta_head = build_delta_head(
+        self.is_init_key: NestedKey = check_key("is_init_key", is_init_key)
+        self.delta_head: Any = build_delta_head(
             self.observation, delta_support, delta_range, factory, num_components
         )
         add_networks(
@@ -164,7 +161,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
         env: EnvBase,
         *,
         num_cells: Sequence[int] = (256, 256),
-        observation_keys: Sequence[NestedKey] | None = None,
+        observation_keys: NestedKey | Sequence[NestedKey] | None = None,
         delta_support: Tensor | None = None,
         stop: bool | None = None,
         is_init_key: NestedKey = "is_init",
@@ -178,8 +175,8 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
 
         Keyword Args:
             num_cells (sequence of int): width of each hidden layer.
-            observation_keys (sequence of NestedKey, optional): which observations make up the
-                state. Defaults to ``"observation"``, or the only one there is.
+            observation_keys (NestedKey or list of NestedKey, optional): which observations make up
+                the state. Defaults to ``"observation"``, or the only one there is.
             delta_support (Tensor, optional): ``[M, D]`` displacements; defaults to the
                 environment's own ``delta_support``, if it has one.
             stop (bool, optional): learn where episodes begin. Defaults to whether the environment
@@ -226,97 +223,6 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
         """Dtype of the parameters."""
         return self.observation.unit.dtype
 
-    def stop_logit(self, state: Tensor) -> Tensor:
-        """Logit of ``q(stop|s')``.
-
-        Args:
-            state (Tensor): ``[*B, size]`` flat states, see `ObservationCodec`.
-
-        Returns:
-            Tensor: ``[*B]``.
-
-        Raises:
-            RuntimeError: the model was built without a stop head, or is an ensemble.
-        """
-        self._refuse_ensemble("stop_logit")
-        if self.stop_network is None:
-            raise RuntimeError("this BacktrackModel has no stop head; build it with stop=True.")
-        return self.stop_network(self.observation(state)).squeeze(-1)
-
-    def action_parameters(self, next_state: Tensor) -> Tensor:
-        """Parameters of ``q(a|s')``.
-
-        Args:
-            next_state (Tensor): ``[*B, size]`` flat states.
-
-        Returns:
-            Tensor: ``[*B, output_size]`` for ``self.action.head``.
-
-        Raises:
-            RuntimeError: the model is an ensemble.
-        """
-        self._refuse_ensemble("action_parameters")
-        if self.action_network is None:  # uniform: equal logits, or no parameters at all
-            shape = (*next_state.shape[:-1], self.action.head.output_size)
-            return self.observation.unit.new_zeros(1).expand(shape)
-        return self.action_network(self.observation(next_state))
-
-    def delta_parameters(self, action: Tensor, next_state: Tensor) -> Tensor:
-        """Parameters of ``q(Δ|a,s')``.
-
-        Args:
-            action (Tensor): flat actions, ``[*B, A]`` or ``[*B]`` indices.
-            next_state (Tensor): ``[*B, size]`` flat states.
-
-        Returns:
-            Tensor: ``[*B, output_size]`` for ``self.delta_head``.
-
-        Raises:
-            RuntimeError: the model is an ensemble.
-        """
-        self._refuse_ensemble("delta_parameters")
-        features = self.observation(next_state)
-        action_features = self.action.head.features(action).to(features.dtype)
-        return self.delta_network(torch.cat([features, action_features], -1))
-
-    def step_log_prob(
-        self,
-        state: Tensor,
-        action: Tensor,
-        next_state: Tensor,
-        *,
-        action_parameters: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Log-probabilities of real steps, factor by factor, on flat tensors.
-
-        Of an ensemble: those of the uniform mixture of its members, each factor given those that
-        come before it (stop, action, Δ), so that they add up to the joint log-probability.
-
-        Args:
-            state (Tensor): ``[*B, size]``.
-            action (Tensor): flat actions, ``[*B, A]`` or ``[*B]`` indices.
-            next_state (Tensor): ``[*B, size]``.
-            action_parameters (Tensor, optional): of that method, where they are known already.
-
-        Returns:
-            dict: ``"action"`` and ``"delta"``, each ``[*B]``; with a stop head also ``"stop"``, the
-            log-probability that ``next_state`` was *not* an episode's first state.
-        """
-        if self.num_members > 1:
-            members = [self.member(i) for i in range(self.num_members)]
-            return mixed_terms([one.step_log_prob(state, action, next_state) for one in members])
-        if action_parameters is None:
-            action_parameters = self.action_parameters(next_state)
-        terms = {
-            "action": self.action.head.log_prob(action_parameters, action),
-            "delta": self.delta_head.predecessor_log_prob(
-                self.delta_parameters(action, next_state), state, next_state
-            ),
-        }
-        if self.has_stop:
-            terms["stop"] = nn.functional.logsigmoid(-self.stop_logit(next_state))
-        return terms
-
     def log_prob(self, data: TensorDictBase) -> Tensor:
         """Log-probability of real transitions read backwards, ``log q(s_t, a_t | s_{t+1})``.
 
@@ -338,7 +244,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
         self,
         data: TensorDictBase,
         *,
-        observation_keys: Sequence[NestedKey] | None = None,
+        observation_keys: NestedKey | Sequence[NestedKey] | None = None,
         action_key: NestedKey | list[NestedKey] | None = None,
         require_finite: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -346,7 +252,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
 
         Args:
             data (TensorDictBase): transitions of any batch shape ``*B``.
-            observation_keys (sequence of NestedKey, optional): instead of the model's own.
+            observation_keys (NestedKey or list of NestedKey, optional): instead of the model's own.
             action_key (NestedKey, optional): instead of the model's own.
             require_finite (bool): refuse non-finite values.
 
@@ -357,7 +263,7 @@ class BacktrackModel(Ensemble, TensorDictModuleBase):
             raise TypeError(f"data must be a TensorDict, got {type(data).__name__}.")
         if data.shape.numel() == 0:  # TensorDict.numel() is never 0
             raise ValueError(f"data is empty: batch size {tuple(data.shape)}, expected rows.")
-        keys = self.observation_keys if observation_keys is None else list(observation_keys)
+        keys = self.observation_keys if observation_keys is None else as_keys(observation_keys)
         next_keys = [unravel_key(("next", key)) for key in keys]
         action_key = self.action_key if action_key is None else action_key
         return (

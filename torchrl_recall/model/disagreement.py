@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.ensemble import members_of
 from torchrl_recall.model.heads import CategoricalHead, NormalDelta, SupportDelta
 from torchrl_recall.model.mixture import MixtureDelta
 
@@ -47,7 +48,7 @@ def disagreement(model: BacktrackModel, action: Tensor, next_state: Tensor) -> T
         raise TypeError(f"model must be a BacktrackModel, got {type(model).__name__}.")
     if model.num_members == 1:
         raise ValueError("model has one member, expected num_members of at least 2 to disagree.")
-    members = [model.member(i) for i in range(model.num_members)]
+    members = members_of(model)
     parameters = torch.stack([one.delta_parameters(action, next_state) for one in members])
     head = model.delta_head
     if isinstance(head, CategoricalHead):

@@ -80,6 +80,11 @@ class Ensemble:
             self.member(0)
 
 
+def members_of(model: Any) -> list[Any]:
+    """Return the members of an ensemble as models of their own, or the model itself."""
+    return [model.member(i) for i in range(model.num_members)]
+
+
 def mixed_terms(terms: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the factors of the uniform mixture of members, each a conditional of the mixture.
 

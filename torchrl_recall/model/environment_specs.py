@@ -15,7 +15,7 @@ from torchrl_recall.checks import check_key, check_keys
 
 def model_arguments(
     env: EnvBase,
-    observation_keys: Sequence[NestedKey] | None,
+    observation_keys: NestedKey | Sequence[NestedKey] | None,
     delta_support: Tensor | None,
     stop: bool | None,
     is_init_key: NestedKey,
@@ -25,7 +25,8 @@ def model_arguments(
 
     Args:
         env (EnvBase): the environment, with its transforms.
-        observation_keys (sequence of NestedKey, optional): which observations make up the state.
+        observation_keys (NestedKey or list of NestedKey, optional): which observations make up the
+            state.
         delta_support (Tensor, optional): ``[M, D]`` displacements.
         stop (bool, optional): learn where episodes begin.
         is_init_key (NestedKey): name of the mark of an episode's first step.

@@ -177,7 +177,7 @@ class JointActionCodec(nn.Module):
 
         Args:
             data (TensorDictBase): holds the actions, with any batch shape ``*B``.
-            key (sequence of NestedKey): their names, in the codec's order.
+            key (list of NestedKey): their names, in the codec's order.
             device (torch.device): where the model is.
             require_finite (bool): refuse non-finite values.
 
@@ -251,11 +251,6 @@ def build_action(
         return ActionCodec(one, *args, **kwargs), unravel_key(key)
     codec = JointActionCodec(actions, *args, **kwargs)
     return codec, codec.keys
-
-
-def as_keys(key: NestedKey | list[NestedKey]) -> list[NestedKey]:
-    """Return the names of an action's keys as a list, which a single one need not be."""
-    return list(key) if isinstance(key, list) else [key]
 
 
 def _is_row(head: Any) -> bool:

@@ -26,6 +26,7 @@ from torchrl.data.tensor_specs import (
 )
 
 from torchrl_recall.checks import (
+    as_keys,
     check_at_least_one,
     check_device,
     check_finite,
@@ -149,7 +150,7 @@ class ObservationCodec(nn.Module):
     def read(
         self,
         data: TensorDictBase,
-        keys: Sequence[NestedKey] | None = None,
+        keys: NestedKey | Sequence[NestedKey] | None = None,
         *,
         require_finite: bool = True,
         require_range: bool = True,
@@ -158,7 +159,8 @@ class ObservationCodec(nn.Module):
 
         Args:
             data (TensorDictBase): holds the keys, with any batch shape ``*B``.
-            keys (sequence of NestedKey, optional): read from here instead of the codec's own keys.
+            keys (NestedKey or list of NestedKey, optional): read from here instead of the codec's
+                own keys.
             require_finite (bool): refuse non-finite values.
             require_range (bool): refuse classes that do not exist.
 
@@ -170,7 +172,7 @@ class ObservationCodec(nn.Module):
             ValueError: wrong shape, dtype, device, range or non-finite values.
         """
         parts = []
-        for i, key in enumerate(self.keys if keys is None else keys):
+        for i, key in enumerate(self.keys if keys is None else as_keys(keys)):
             value = data.get(key, default=None)
             if value is None:
                 raise KeyError(
@@ -352,7 +354,9 @@ def sorted_keys(data: TensorDictBase) -> list[NestedKey]:
     return sorted(data.keys(True, True), key=str)
 
 
-def as_mapping(observation: Any, keys: Sequence[NestedKey] | None) -> dict[NestedKey, Any]:
+def as_mapping(
+    observation: Any, keys: NestedKey | Sequence[NestedKey] | None
+) -> dict[NestedKey, Any]:
     """Return the sizes or specs of a model's observations by key, in the stated order."""
     if isinstance(observation, Composite):
         batch = observation.ndim

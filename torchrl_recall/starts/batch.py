@@ -12,14 +12,27 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
 
-from torchrl_recall.checks import check_key
+from torchrl_recall.checks import check_keys
 from torchrl_recall.masking import one_each
-from torchrl_recall.values import entry
+from torchrl_recall.state_reading import entry
 
 
 @runtime_checkable
 class StartStates(Protocol):
-    """A source of states to walk back from."""
+    """A source of states to walk back from.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl_recall import BacktrackModel, BacktrackTransform
+        >>> def corner(tensordict, generator):
+        ...     zeros = torch.zeros(*tensordict.shape, 3)
+        ...     return TensorDict({"observation": zeros}, tensordict.shape)
+        >>> model = BacktrackModel(3, 1, num_cells=(32,))
+        >>> transform = BacktrackTransform(model, num_steps=8, start=corner)
+        >>> transform(TensorDict({}, [4]))["trace"].shape
+        torch.Size([4, 8])
+    """
 
     def __call__(self, tensordict: TensorDictBase, generator: torch.Generator) -> TensorDictBase:
         """Return a start for each row of a sampled batch.
@@ -39,7 +52,7 @@ class NextStates:
     """The batch's own next states, row by row, as the transform takes without ``start``.
 
     Args:
-        observation_keys (NestedKey or sequence of NestedKey): the model's observation keys; the
+        observation_keys (NestedKey or list of NestedKey): the model's observation keys; the
             states are under ``"next"``. A tuple of strings is one nested key.
 
     Raises:
@@ -54,7 +67,7 @@ class NextStates:
     """
 
     def __init__(self, observation_keys: NestedKey | Sequence[NestedKey] = "observation") -> None:
-        self.observation_keys = key_list("observation_keys", observation_keys)
+        self.observation_keys: list[NestedKey] = check_keys("observation_keys", observation_keys)
 
     def __call__(self, tensordict: TensorDictBase, generator: torch.Generator) -> TensorDictBase:
         """Return the next states, and which rows are no padding; see `StartStates`."""
@@ -62,17 +75,6 @@ class NextStates:
         for key in self.observation_keys:
             found.set(key, entry(tensordict, unravel_key(("next", key))))
         return found.set(("collector", "mask"), unmasked_rows(tensordict))
-
-
-def key_list(name: str, keys: NestedKey | Sequence[NestedKey]) -> list[NestedKey]:
-    """Return one key or several as a list; a tuple of strings is one nested key, as in TorchRL."""
-    if isinstance(keys, str) or (
-        isinstance(keys, tuple) and keys and all(isinstance(key, str) for key in keys)
-    ):
-        return [unravel_key(keys)]
-    if not isinstance(keys, Sequence) or not keys:
-        raise TypeError(f"{name} must be a key or a non-empty sequence of keys, got {keys!r}.")
-    return [check_key(name, key) for key in keys]
 
 
 def unmasked_rows(tensordict: TensorDictBase) -> Tensor:

@@ -16,10 +16,11 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_flag, check_real
+from torchrl_recall.checks import check_flag, check_keys, check_network, check_real
 from torchrl_recall.masking import fill_rows, finite_rows, one_each
-from torchrl_recall.starts.batch import draw_rows, key_list, pick, unmasked_rows
-from torchrl_recall.values import bootstrapped_value, entry
+from torchrl_recall.starts.batch import draw_rows, pick, unmasked_rows
+from torchrl_recall.state_reading import entry
+from torchrl_recall.values import bootstrapped_value
 
 Score = Callable[[TensorDictBase], Tensor]
 
@@ -40,7 +41,7 @@ class KeyScore:
 
     def __init__(self, key: NestedKey, *, absolute: bool = False) -> None:
         self.key = unravel_key(key)
-        self.absolute = check_flag("absolute", absolute)
+        self.absolute: bool = check_flag("absolute", absolute)
 
     def __call__(self, tensordict: TensorDictBase) -> Tensor:
         """Return the scores ``[*B]``."""
@@ -79,12 +80,8 @@ class NextValueScore:
         terminated_key: NestedKey = ("next", "terminated"),
         value_key: NestedKey = "state_value",
     ) -> None:
-        if not isinstance(value_network, TensorDictModuleBase):
-            raise TypeError(
-                f"value_network must be a TensorDictModule, got {type(value_network).__name__}."
-            )
-        self.value_network = value_network
-        self.gamma = check_real("gamma", gamma, 0.0, 1.0)
+        self.value_network: TensorDictModuleBase = check_network("value_network", value_network)
+        self.gamma: float = check_real("gamma", gamma, 0.0, 1.0)
         self.reward_key = unravel_key(reward_key)
         self.terminated_key = unravel_key(terminated_key)
         self.value_key = unravel_key(value_key)
@@ -125,7 +122,7 @@ class BestStarts:
         top (float, optional): fraction of the drawable rows that starts are drawn from, in (0, 1];
             rows tied at its edge share what is left of it. 0.1 if no ``temperature`` is given.
         temperature (float, optional): draw proportionally to ``exp(score / temperature)`` instead.
-        observation_keys (NestedKey or sequence of NestedKey): the model's observation keys.
+        observation_keys (NestedKey or list of NestedKey): the model's observation keys.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -146,6 +143,9 @@ class BestStarts:
         tensor([3., 3., 3., 3.])
     """
 
+    top: float | None
+    temperature: float | None
+
     def __init__(
         self,
         score: NestedKey | Score,
@@ -159,9 +159,7 @@ class BestStarts:
                 "score must be a key or a function of the batch; give a value network to "
                 "BestStarts.by_value."
             )
-        is_key = isinstance(score, str) or (
-            isinstance(score, tuple) and all(isinstance(part, str) for part in score)
-        )
+        is_key = isinstance(score, str | tuple)
         if not is_key and not callable(score):
             raise TypeError(f"score must be a key or a callable, got {type(score).__name__}.")
         chosen: Any = score
@@ -173,11 +171,9 @@ class BestStarts:
             if not 0 < temperature < math.inf:
                 raise ValueError(f"temperature must be positive and finite, got {temperature}.")
         else:
-            top = check_real("top", 0.1 if top is None else top, 0.0, 1.0)
-            if top == 0.0:
-                raise ValueError("top must lie in (0, 1], got 0.")
+            top = check_real("top", 0.1 if top is None else top, 0.0, 1.0, open_low=True)
         self.top, self.temperature = top, temperature
-        self.observation_keys = key_list("observation_keys", observation_keys)
+        self.observation_keys: list[NestedKey] = check_keys("observation_keys", observation_keys)
 
     @classmethod
     def by_value(

@@ -11,15 +11,15 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from tensordict import LazyStackedTensorDict, NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
 from torchrl.data import ReplayBuffer, Storage
 
-from torchrl_recall.checks import check_at_least_one, check_flag, check_real
+from torchrl_recall.checks import check_at_least_one, check_flag, check_keys, check_real
 from torchrl_recall.masking import one_each
-from torchrl_recall.starts.batch import NextStates, StartStates, key_list, pick, unmasked_rows
+from torchrl_recall.starts.batch import NextStates, StartStates, pick, unmasked_rows
 from torchrl_recall.starts.rarity import distinct_rows, neighbour_distance, visit_counts
-from torchrl_recall.values import entry
+from torchrl_recall.state_reading import entry, storage_rows
 
 
 class FrontierStarts:
@@ -54,11 +54,10 @@ class FrontierStarts:
         reward_key (NestedKey): where the reward is, one number for each row.
         then (StartStates, optional): the source after the first reward. By default the batch's
             own next states.
-        observation_keys (NestedKey or sequence of NestedKey): the model's observation keys.
-        rarity_keys (NestedKey or sequence of NestedKey, optional): on which of the stored
-            observations rarity is measured, such as the position alone where velocities are rare
-            without being anywhere new. They need not be the model's. By default all of
-            ``observation_keys``.
+        observation_keys (NestedKey or list of NestedKey): the model's observation keys.
+        rarity_keys (NestedKey or list of NestedKey, optional): on which of the stored observations
+            rarity is measured, such as the position alone where velocities are rare without being
+            anywhere new. They need not be the model's. By default all of ``observation_keys``.
 
     Raises:
         TypeError: an argument of the wrong type, or a storage that does not hold TensorDicts.
@@ -100,16 +99,16 @@ class FrontierStarts:
                 f"{type(buffer).__name__}."
             )
         self.buffer: Any = buffer
-        self.num_candidates = check_at_least_one("num_candidates", num_candidates)
-        self.num_neighbours = check_at_least_one("num_neighbours", num_neighbours)
-        self.num_targets = check_at_least_one("num_targets", num_targets)
-        self.hold = check_at_least_one("hold", hold)
-        self.until_reward = check_flag("until_reward", until_reward)
-        self.reward_threshold = check_real("reward_threshold", reward_threshold)
+        self.num_candidates: int = check_at_least_one("num_candidates", num_candidates)
+        self.num_neighbours: int = check_at_least_one("num_neighbours", num_neighbours)
+        self.num_targets: int = check_at_least_one("num_targets", num_targets)
+        self.hold: int = check_at_least_one("hold", hold)
+        self.until_reward: bool = check_flag("until_reward", until_reward)
+        self.reward_threshold: float = check_real("reward_threshold", reward_threshold)
         self.reward_key = unravel_key(reward_key)
-        self.observation_keys = key_list("observation_keys", observation_keys)
-        self.rarity_keys = (
-            self.observation_keys if rarity_keys is None else key_list("rarity_keys", rarity_keys)
+        self.observation_keys: list[NestedKey] = check_keys("observation_keys", observation_keys)
+        self.rarity_keys: list[NestedKey] = (
+            self.observation_keys if rarity_keys is None else check_keys("rarity_keys", rarity_keys)
         )
         if then is not None and not callable(then):
             raise TypeError(f"then must be a StartStates, got {type(then).__name__}.")
@@ -171,15 +170,7 @@ class FrontierStarts:
         storage: Any = buffer.storage if isinstance(buffer, ReplayBuffer) else buffer
         if len(storage) == 0:
             return None
-        data = storage.get(slice(None))
-        if isinstance(data, list) and isinstance(data[0], TensorDictBase):
-            data = LazyStackedTensorDict.lazy_stack(data)
-        if not isinstance(data, TensorDictBase):
-            raise TypeError(
-                f"the storage must hold TensorDicts, got {type(storage).__name__} with "
-                f"{type(data).__name__}."
-            )
-        return data
+        return storage_rows(storage)
 
     def _rewarded(self, stored: TensorDictBase) -> bool:
         reward = one_each(stored, entry(stored, self.reward_key), f"reward {self.reward_key!r}")
@@ -230,6 +221,9 @@ class FrontierStarts:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
+
+        Args:
+            state_dict (dict): what `state_dict` returned.
 
         Raises:
             KeyError: if an entry is missing.

@@ -13,9 +13,9 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection
 from torch import Tensor
 
-from torchrl_recall.checks import check_finite
-from torchrl_recall.starts.batch import draw_rows, key_list, pick, unmasked_rows
-from torchrl_recall.values import entry
+from torchrl_recall.checks import check_finite, check_keys
+from torchrl_recall.starts.batch import draw_rows, pick, unmasked_rows
+from torchrl_recall.state_reading import entry
 
 Goals = Callable[[int, torch.Generator], Tensor | TensorDictBase]
 
@@ -24,7 +24,7 @@ class GoalStarts:
     """Starts traces from goal states: a given set, a function, or an entry of the batch.
 
     Args:
-        goals (Tensor, TensorDictBase, callable, NestedKey or sequence of NestedKey):
+        goals (Tensor, TensorDictBase, callable, NestedKey or list of NestedKey):
 
             - a tensor ``[G, *observation]`` (one observation key) or a TensorDict ``[G]`` with the
               observation keys: every start is drawn from it;
@@ -35,7 +35,7 @@ class GoalStarts:
     Keyword Args:
         weights (Tensor, optional): ``[G]``, at least 0: how likely each given goal is drawn, up to
             a factor. By default all alike.
-        observation_keys (NestedKey or sequence of NestedKey): the model's observation keys.
+        observation_keys (NestedKey or list of NestedKey): the model's observation keys.
 
     Raises:
         TypeError: goals or weights of the wrong type.
@@ -59,7 +59,7 @@ class GoalStarts:
         weights: Tensor | None = None,
         observation_keys: NestedKey | Sequence[NestedKey] = "observation",
     ) -> None:
-        self.observation_keys = key_list("observation_keys", observation_keys)
+        self.observation_keys: list[NestedKey] = check_keys("observation_keys", observation_keys)
         self.goals: TensorDictBase | None = None
         self.function: Any = None
         self.goal_keys: list[NestedKey] = []
@@ -73,7 +73,7 @@ class GoalStarts:
         elif callable(goals):
             self.function = goals
         else:
-            self.goal_keys = key_list("goals", goals)
+            self.goal_keys = check_keys("goals", goals)
             if len(self.goal_keys) != len(self.observation_keys):
                 raise ValueError(
                     f"goals names {self.goal_keys}, expected one key for each of the "

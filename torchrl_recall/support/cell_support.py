@@ -11,11 +11,10 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from torchrl_recall.checks import check_keys
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.model.observation import ObservationCodec
-from torchrl_recall.support.data_support import Keys
-from torchrl_recall.support.state_reading import (
-    as_keys,
+from torchrl_recall.state_reading import (
     check_positive,
     check_size,
     read_states,
@@ -23,6 +22,7 @@ from torchrl_recall.support.state_reading import (
     to_cells,
     usable_rows,
 )
+from torchrl_recall.support.data_support import Keys
 
 # Rows of a storage read at a time.
 CHUNK = 65_536
@@ -69,8 +69,10 @@ class CellSupport:
             elif cell_size is None:
                 raise ValueError("cell_size is needed for continuous observations, got None.")
             observation = observation.observation_keys
-        self.keys = as_keys("observation", observation)
-        self.cell_size = None if cell_size is None else check_positive("cell_size", cell_size)
+        self.keys = check_keys("observation", observation)
+        self.cell_size: Tensor | None = (
+            None if cell_size is None else check_positive("cell_size", cell_size)
+        )
         codec = self.codec
         countable = codec is not None and cell_size is None and codec.num_states <= MAX_TABLE
         self.is_table = countable
@@ -79,7 +81,14 @@ class CellSupport:
         self._size = None if codec is None else codec.size
 
     def fit(self, data: Any) -> CellSupport:
-        """Replace what was visited by real data; arguments and refusals of `extend`."""
+        """Replace what was visited by real data; arguments and refusals of `extend`.
+
+        Args:
+            data (TensorDictBase, Storage or ReplayBuffer): as for `extend`.
+
+        Returns:
+            CellSupport: itself.
+        """
         return self._add(data, None)
 
     def extend(self, data: Any) -> CellSupport:
@@ -135,7 +144,11 @@ class CellSupport:
         return {"visited": None if visited is None else visited.clone(), "size": self._size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; the settings are the constructor's."""
+        """Restore what `state_dict` returned; the settings are the constructor's.
+
+        Args:
+            state_dict (dict): what `state_dict` returned.
+        """
         visited, self._size = state_dict["visited"], state_dict["size"]
         self._visited = None if visited is None else visited.clone()
 

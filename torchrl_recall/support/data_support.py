@@ -13,10 +13,10 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_at_least_one, check_real
+from torchrl_recall.checks import check_at_least_one, check_keys, check_real
+from torchrl_recall.generators import carry_generator, own_generator, unpack_generator
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.support.state_reading import (
-    as_keys,
+from torchrl_recall.state_reading import (
     check_positive,
     check_size,
     read_states,
@@ -49,7 +49,8 @@ class DataSupport:
     A state is inside if the distance to its ``num_neighbours``-th neighbour among the references is
     at most ``factor`` times the ``quantile`` of the same distance among the references themselves
     (each without itself). Distances are Euclidean after division by the references' standard
-    deviation. For data on a lattice, where that quantile is zero, take `CellSupport`.
+    deviation. Where states repeat so often that this quantile is zero, each counts once; if there
+    is only one, it alone is inside. For data on a lattice `CellSupport` is the better choice.
 
     Args:
         observation (BacktrackModel, NestedKey or list of NestedKey): the model whose observation
@@ -96,20 +97,15 @@ class DataSupport:
             if observation.observation.is_discrete:
                 raise ValueError("observation is discrete, expected a continuous one; CellSupport.")
             observation = observation.observation_keys
-        self.keys = as_keys("observation", observation)
-        self.num_references = check_at_least_one("num_references", num_references)
-        self.num_neighbours = check_at_least_one("num_neighbours", num_neighbours)
-        self.quantile = check_real("quantile", quantile, 0.0, 1.0)
-        self.factor = float(check_positive("factor", factor))
+        self.keys: list[NestedKey] = check_keys("observation", observation)
+        self.num_references: int = check_at_least_one("num_references", num_references)
+        self.num_neighbours: int = check_at_least_one("num_neighbours", num_neighbours)
+        self.quantile: float = check_real("quantile", quantile, 0.0, 1.0)
+        self.factor: float = float(check_positive("factor", factor))
         if cell_size is not None:
             cell_size = float(check_positive("cell_size", cell_size))
-        self.cell_size = cell_size
-        if generator is None:
-            seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
-            generator = torch.Generator().manual_seed(seed)
-        elif not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
-            raise TypeError(f"generator must be a torch.Generator on the CPU, got {generator!r}.")
-        self.generator = generator
+        self.cell_size: float | None = cell_size
+        self.generator: torch.Generator = own_generator(generator)
         self._known: _References | None = None
 
     @torch.no_grad()
@@ -156,10 +152,20 @@ class DataSupport:
         std, mean = torch.std_mean(states, 0, correction=0)
         std = std.clamp_min(FLOOR)
         states = (states - mean) / std
-        near = self._squared_distance(states, states, leave_one_out=True).sqrt()
-        threshold = self.factor * torch.quantile(near, self.quantile)
-        self._known = _References(states, mean, std, threshold)
+        near = self._own_quantile(states)
+        if near.square() <= ROUNDING * (1 + states.square().sum(-1).amax()):
+            # Repeats do not tell how near to each other states are, only those that differ do.
+            states = states.unique(dim=0)
+            near = self._own_quantile(states)
+        self._known = _References(states, mean, std, self.factor * near)
         return self
+
+    def _own_quantile(self, states: Tensor) -> Tensor:
+        """Return the quantile of the references' distances to their own neighbours; alone, 0."""
+        if len(states) == 1:
+            return states.new_zeros(())
+        near = self._squared_distance(states, states, leave_one_out=True).sqrt()
+        return torch.quantile(near, self.quantile)
 
     @property
     def threshold(self) -> Tensor:
@@ -204,7 +210,11 @@ class DataSupport:
         return {**state, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` returned; the settings are the constructor's."""
+        """Restore what `state_dict` returned; the settings are the constructor's.
+
+        Args:
+            state_dict (dict): what `state_dict` returned.
+        """
         self.generator.set_state(state_dict["generator"].cpu())
         parts = {name: state_dict.get(name) for name in _References._fields}
         given = {name: part.clone() for name, part in parts.items() if part is not None}
@@ -213,13 +223,10 @@ class DataSupport:
         self._known = _References(**given) if given else None
 
     def __getstate__(self) -> dict[str, Any]:
-        generator = self.generator.get_state()
-        return {**self.__dict__, "generator": generator}
+        return carry_generator(self.__dict__)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        generator = torch.Generator()
-        generator.set_state(state["generator"])
-        self.__dict__.update(state, generator=generator)
+        self.__dict__.update(unpack_generator(state))
 
     def _fitted(self) -> _References:
         if self._known is None:
@@ -243,9 +250,10 @@ class DataSupport:
         return torch.cat(found) if found else rows.new_zeros(0)
 
     def _kth(self, distance: Tensor) -> Tensor:
-        if self.num_neighbours == 1:
+        # Of references that repeat only different ones are kept, at times too few.
+        k = min(self.num_neighbours, max(1, distance.shape[1] - 1))
+        if k == 1:
             return distance.amin(1)
-        k = min(self.num_neighbours, distance.shape[1])
         return distance.topk(k, largest=False).values[:, -1]
 
 

@@ -16,7 +16,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from torchrl_recall.model import BacktrackModel
-from torchrl_recall.support.state_reading import check_positive
+from torchrl_recall.state_reading import check_positive
 from torchrl_recall.traces.masks import since_start
 
 Scale = float | Tensor | BacktrackModel
@@ -24,7 +24,18 @@ Scale = float | Tensor | BacktrackModel
 
 @runtime_checkable
 class TraceMask(Protocol):
-    """Says which steps of traces to keep."""
+    """Says which steps of traces to keep.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_recall import BacktrackModel, BacktrackTransform
+        >>> def near(trace):
+        ...     return trace["observation"].norm(dim=-1) < 2
+        >>> model = BacktrackModel(3, 1, num_cells=(32,))
+        >>> transform = BacktrackTransform(model, num_steps=8, masks=[near])
+        >>> isinstance(near, TraceMask)
+        True
+    """
 
     def __call__(self, trace: TensorDictBase) -> Tensor:
         """Return what to keep.
@@ -57,10 +68,12 @@ class StateScale:
     """
 
     def __init__(self, scale: Scale) -> None:
-        self.model = scale if isinstance(scale, BacktrackModel) else None
+        self.model: BacktrackModel | None = scale if isinstance(scale, BacktrackModel) else None
         if self.model is not None and self.model.observation.is_discrete:
             raise ValueError("scale is a model of discrete observations, which has no scale.")
-        self.value = None if self.model is not None else check_positive("scale", scale)
+        self.value: Tensor | None = (
+            None if self.model is not None else check_positive("scale", scale)
+        )
 
     def __call__(self, state: Tensor) -> Tensor:
         """Return the scale for states ``[*B, D]``, in their dtype and on their device."""

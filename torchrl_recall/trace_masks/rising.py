@@ -10,9 +10,9 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_flag
+from torchrl_recall.checks import check_flag, check_keys, check_network
 from torchrl_recall.masking import one_each
-from torchrl_recall.support.state_reading import as_keys, trace_entry, trace_states
+from torchrl_recall.state_reading import trace_entry, trace_states
 
 
 class RisingValue:
@@ -56,10 +56,7 @@ class RisingValue:
         in_keys: NestedKey | Sequence[NestedKey] | None = None,
         compare_end: bool = True,
     ) -> None:
-        if not isinstance(value_network, TensorDictModuleBase):
-            kind = type(value_network).__name__
-            raise TypeError(f"value_network must be a TensorDictModule, got {kind}.")
-        self.value_network = value_network
+        self.value_network: TensorDictModuleBase = check_network("value_network", value_network)
         self.value_key = unravel_key(value_key)
         if self.value_key not in map(unravel_key, value_network.out_keys):
             raise ValueError(
@@ -67,10 +64,12 @@ class RisingValue:
                 "value_network."
             )
         inputs: Any = value_network.in_keys
-        self.in_keys = as_keys("in_keys", list(inputs) if in_keys is None else in_keys)
+        self.in_keys: list[NestedKey] = check_keys(
+            "in_keys", list(inputs) if in_keys is None else in_keys
+        )
         if len(self.in_keys) != len(inputs):
             raise ValueError(f"in_keys {self.in_keys} must match the network's {inputs}.")
-        self.compare_end = check_flag("compare_end", compare_end)
+        self.compare_end: bool = check_flag("compare_end", compare_end)
 
     @torch.no_grad()
     def __call__(self, trace: TensorDictBase) -> Tensor:
@@ -126,7 +125,7 @@ class RisingDistance:
         if not callable(distance):
             raise TypeError(f"distance must be callable, got {type(distance).__name__}.")
         self.distance = distance
-        self.in_keys = as_keys("in_keys", in_keys)
+        self.in_keys: list[NestedKey] = check_keys("in_keys", in_keys)
 
     @torch.no_grad()
     def __call__(self, trace: TensorDictBase) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,10 +11,16 @@ from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_flag, check_real
+from torchrl_recall.checks import (
+    check_at_least_one,
+    check_flag,
+    check_keys,
+    check_network,
+    check_real,
+)
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.model.disagreement import disagreement
-from torchrl_recall.support.state_reading import as_keys, entry, read_states, stored_data
+from torchrl_recall.state_reading import entry, read_states, stored_data
 from torchrl_recall.trace_masks.mask import Scale, StateScale, require_floating, until_bad
 
 
@@ -51,7 +58,7 @@ class Disagreement:
         if not isinstance(model, BacktrackModel):
             raise TypeError(f"model must be a BacktrackModel, got {type(model).__name__}.")
         if model.num_members < 2:
-            raise ValueError("model has one member, expected num_members of at least 2.")
+            raise ValueError("model has num_members=1, expected an ensemble of at least 2.")
         self.model = model
         if max_disagreement is not None:
             max_disagreement = check_real("max_disagreement", max_disagreement, 0.0)
@@ -67,17 +74,30 @@ class Disagreement:
             quantile (float): in [0, 1]; 0.95 takes every 20th real step for one to cut.
 
         Keyword Args:
-            num_rows (int): of more rows than this, evenly spaced ones are looked at.
+            num_rows (int): of more rows than this, evenly spaced ones are looked at, over all
+                dimensions of the data.
 
         Returns:
             float: the threshold.
+
+        Raises:
+            KeyError: a key of the model is missing.
+            TypeError: none of these kinds of data.
+            ValueError: an argument out of its range, no row that counts, or rows not finite.
         """
         quantile = check_real("quantile", quantile, 0.0, 1.0)
+        num_rows = check_at_least_one("num_rows", num_rows)
         source: Any = stored_data(data)
-        source = source[:: max(1, source.shape.numel() // num_rows)]
+        keys = [*self.model.in_keys, ("collector", "mask")]
+        source = _spread_rows(source.select(*keys, strict=False), num_rows)
         mask = source.get(("collector", "mask"), default=None)
         if mask is not None:
             source = source[mask.reshape(source.shape).bool()]
+        if source.shape.numel() == 0:
+            raise ValueError(
+                f"data has no row to look at: all {mask.numel()} are masked at "  # pyright: ignore
+                "('collector', 'mask'), expected real transitions."
+            )
         _, action, next_state = self.model.read(source)
         found = disagreement(self.model, action, next_state).flatten()
         self.max_disagreement = float(torch.quantile(found, quantile))
@@ -91,7 +111,10 @@ class Disagreement:
             RuntimeError: no threshold yet.
         """
         if self.max_disagreement is None:
-            raise RuntimeError("max_disagreement is not set; pass it or call calibrate(data).")
+            raise RuntimeError(
+                "max_disagreement is not set: got None, expected a number; pass one or call "
+                "calibrate(data)."
+            )
         model = self.model
         action = model.action.read(trace, model.action_key, model.device)
         next_state = model.observation.read(trace, model.next_observation_keys)
@@ -102,7 +125,11 @@ class Disagreement:
         return {"max_disagreement": self.max_disagreement}
 
     def load_state_dict(self, state_dict: dict[str, float | None]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned.
+
+        Args:
+            state_dict (dict): what `state_dict` returned.
+        """
         self.max_disagreement = state_dict["max_disagreement"]
 
 
@@ -148,6 +175,9 @@ class ForwardAgreement:
         (tensor([ True, False]), tensor([False, False]))
     """
 
+    relative: bool
+    cut: bool
+
     def __init__(
         self,
         forward_model: TensorDictModuleBase,
@@ -159,16 +189,13 @@ class ForwardAgreement:
         in_keys: NestedKey | Sequence[NestedKey] = "observation",
         prediction_keys: NestedKey | Sequence[NestedKey] | None = None,
     ) -> None:
-        if not isinstance(forward_model, TensorDictModuleBase):
-            kind = type(forward_model).__name__
-            raise TypeError(f"forward_model must be a TensorDictModule, got {kind}.")
-        self.forward_model = forward_model
-        self.tolerance = check_real("tolerance", tolerance, 0.0)
-        self.scale = StateScale(scale)
+        self.forward_model: TensorDictModuleBase = check_network("forward_model", forward_model)
+        self.tolerance: float = check_real("tolerance", tolerance, 0.0)
+        self.scale: StateScale = StateScale(scale)
         self.relative, self.cut = check_flag("relative", relative), check_flag("cut", cut)
-        self.in_keys = as_keys("in_keys", in_keys)
+        self.in_keys: list[NestedKey] = check_keys("in_keys", in_keys)
         outputs: Any = list(forward_model.out_keys) if prediction_keys is None else prediction_keys
-        self.prediction_keys = as_keys("prediction_keys", outputs)
+        self.prediction_keys: list[NestedKey] = check_keys("prediction_keys", outputs)
         if len(self.prediction_keys) != len(self.in_keys):
             raise ValueError(
                 f"prediction_keys {self.prediction_keys} must match in_keys {self.in_keys} one for "
@@ -246,6 +273,19 @@ class InSupport:
                 f"{tuple(trace.shape)}."
             )
         return until_bad(inside)
+
+
+def _spread_rows(data: TensorDictBase, number: int) -> TensorDictBase:
+    """Return at most ``number`` rows ``[n]`` of data ``[*B]``, evenly spaced over all of it."""
+    count, inner = data.shape.numel(), data.shape[1:].numel()
+    step = -(-count // number)
+    while math.gcd(step, inner) > 1:  # or the same times, or environments, would come each time
+        step += 1
+    if step == 1:
+        return data.reshape(-1)
+    index = torch.arange(0, count, step, device=data.device)
+    found: Any = data[torch.unravel_index(index, data.shape)]
+    return found
 
 
 def _length(change: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-from torchrl_recall.checks import check_real
-from torchrl_recall.support.state_reading import as_keys, check_positive, to_cells, trace_states
+from torchrl_recall.checks import check_choice, check_keys, check_real
+from torchrl_recall.state_reading import check_positive, to_cells, trace_states
 from torchrl_recall.trace_masks.mask import Scale, StateScale, require_floating
 from torchrl_recall.traces.masks import last_visit
 
@@ -62,10 +62,14 @@ class LastVisitCells:
         keep: Keep = "visit",
         in_keys: NestedKey | Sequence[NestedKey] = "observation",
     ) -> None:
-        self.to_cells = cell_size if callable(cell_size) else None
-        self.cell_size = None if callable(cell_size) else check_positive("cell_size", cell_size)
-        self.keep = _checked_keep(keep)
-        self.in_keys = as_keys("in_keys", in_keys)
+        self.to_cells: Callable[[Tensor], Tensor] | None = (
+            cell_size if callable(cell_size) else None
+        )
+        self.cell_size: Tensor | None = (
+            None if callable(cell_size) else check_positive("cell_size", cell_size)
+        )
+        self.keep: Keep = check_choice("keep", keep, Keep)
+        self.in_keys: list[NestedKey] = check_keys("in_keys", in_keys)
 
     @torch.no_grad()
     def __call__(self, trace: TensorDictBase) -> Tensor:
@@ -143,10 +147,10 @@ class LastVisitRadius:
         keep: Keep = "visit",
         in_keys: NestedKey | Sequence[NestedKey] = "observation",
     ) -> None:
-        self.radius = check_real("radius", radius, 0.0)
-        self.scale = StateScale(scale)
-        self.keep = _checked_keep(keep)
-        self.in_keys = as_keys("in_keys", in_keys)
+        self.radius: float = check_real("radius", radius, 0.0)
+        self.scale: StateScale = StateScale(scale)
+        self.keep: Keep = check_choice("keep", keep, Keep)
+        self.in_keys: list[NestedKey] = check_keys("in_keys", in_keys)
 
     @torch.no_grad()
     def __call__(self, trace: TensorDictBase) -> Tensor:
@@ -167,9 +171,3 @@ class LastVisitRadius:
             back = ~far if self.keep == "exit" else ~far & (far.cumsum(-1) > 0)
             kept[..., t] = ~back.any(-1)
         return kept
-
-
-def _checked_keep(keep: str) -> Keep:
-    if keep not in ("visit", "exit"):
-        raise ValueError(f"keep must be 'visit' or 'exit', got {keep!r}.")
-    return keep

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.ensemble import members_of
 from torchrl_recall.native import interface
 from torchrl_recall.traces import cuda_graph, eager, native, operator, table, triton_walk
 from torchrl_recall.traces.columns import Columns
 from torchrl_recall.traces.ensemble import (
     EnsembleWalk,
     grouped_walk,
-    members_of,
     reference_ensemble_walk,
 )
 from torchrl_recall.traces.layout import Watch
@@ -52,6 +52,10 @@ class BackendStatus(NamedTuple):
     Attributes:
         available (bool): whether it can.
         detail (str): with what, or why not.
+
+    Examples:
+        >>> backends()["reference"].available
+        True
     """
 
     available: bool

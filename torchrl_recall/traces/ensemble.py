@@ -12,16 +12,12 @@ import torch
 from torch import Tensor
 
 from torchrl_recall.model import BacktrackModel
+from torchrl_recall.model.ensemble import members_of
 from torchrl_recall.traces.columns import Columns, NoFirstStep
 from torchrl_recall.traces.masks import last_visit, since_start
 from torchrl_recall.traces.noise import TraceNoise
 from torchrl_recall.traces.request import Request
 from torchrl_recall.traces.walk import Walk, reference_walk
-
-
-def members_of(model: BacktrackModel) -> list[BacktrackModel]:
-    """Return the members of an ensemble, or the model itself."""
-    return [model.member(i) for i in range(model.num_members)]
 
 
 def member_index(uniform: Tensor, num_members: int) -> Tensor:

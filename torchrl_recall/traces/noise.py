@@ -20,6 +20,12 @@ class TraceNoise(NamedTuple):
         stop (Tensor or None): ``[T, n]`` uniform in [0, 1), with a stop head.
         member (Tensor or None): uniform in [0, 1), of an ensemble; its part of ``num_members``
             picks the member. ``[T, n]`` if that is drawn for each step, ``[1, n]`` for each trace.
+
+    Examples:
+        >>> from torchrl_recall import BacktrackModel
+        >>> noise = draw_noise(BacktrackModel(3, 1, num_cells=(32,)), num_steps=8, num_rows=4)
+        >>> noise.action.shape, noise.delta.shape, noise.stop is None
+        (torch.Size([8, 4, 1]), torch.Size([8, 4, 3]), True)
     """
 
     action: Tensor
@@ -44,6 +50,16 @@ def draw_noise(
 
     Returns:
         TraceNoise: the noise, in the model's dtype and on its device.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_recall import BacktrackModel, sample_traces
+        >>> model = BacktrackModel(3, 1, num_cells=(32,))
+        >>> noise = draw_noise(model, num_steps=8, num_rows=4)
+        >>> start = torch.zeros(4, 3)
+        >>> a, b = (sample_traces(model, start, num_steps=8, noise=noise) for _ in range(2))
+        >>> bool((a["action"] == b["action"]).all())
+        True
     """
     dtype, device = model.dtype, model.device
 

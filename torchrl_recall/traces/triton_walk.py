@@ -20,6 +20,7 @@ from torchrl_recall.traces.columns import Columns
 from torchrl_recall.traces.eager import unsupported as eager_unsupported
 from torchrl_recall.traces.layout import activation_of
 from torchrl_recall.traces.noise import TraceNoise
+from torchrl_recall.traces.triton_cache import exposed_cache
 from torchrl_recall.traces.triton_pack import LINE, Sizes, networks, pack, sources
 
 MAX_FEATURES, MAX_ACTIONS, MAX_WIDTH = 128, 16, 1024
@@ -99,7 +100,7 @@ def _wrong_machine(device: torch.device) -> str | None:
         return f"the model is on {device}, not on an NVIDIA GPU"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
-    return None
+    return exposed_cache()
 
 
 class Tiles(NamedTuple):

@@ -52,6 +52,13 @@ class TracesSettings:
     num_best: int = 64
 
 
+@dataclass(frozen=True)
+class FocusedSettings(TracesSettings):
+    """The frontier is a number of the rarest transitions, however many are stored."""
+
+    frontier_rows: int = 64
+
+
 class Traces:
     """Draws what the host imitates: recall traces, or the real past of the same states."""
 
@@ -135,6 +142,8 @@ class Traces:
             return
         size = self.env.size
         self.visits += torch.from_numpy(data.next_cell).flatten().bincount(minlength=size**2)
+        if isinstance(self.settings, FocusedSettings):
+            self.sampler.top = min(1.0, self.settings.frontier_rows / self.num_stored)
         cell = stored["observation"]
         self.sampler.refresh(-self.visits[cell[:, 0] * size + cell[:, 1]].float())
 

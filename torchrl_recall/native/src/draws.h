@@ -2,6 +2,7 @@
 #ifndef RECALL_DRAWS_H
 #define RECALL_DRAWS_H
 
+#include "descent.h"
 #include "writes.h"
 
 /* The weight of one entry. */
@@ -17,7 +18,7 @@ static double weight_of(const recall_priorities *p, const levels *l, int64_t ent
     }
     float weight[FAN];
     /* All of its node: a vector from the entry on might end behind the values. */
-    entry_weights(p, f, entry / FAN * FAN, FAN, weight);
+    entry_weights(p, f, entry / FAN * FAN, FAN, 0, weight);
     return weight[entry % FAN];
 }
 
@@ -42,7 +43,7 @@ static void find_least(recall_priorities *p, const levels *l) {
         float weight[RUN];
         for (int64_t first = 0; first < p->size; first += RUN) {
             const int64_t n = p->size - first < RUN ? p->size - first : RUN;
-            entry_weights(p, f, first, n, weight);
+            entry_weights(p, f, first, n, 0, weight);
             for (int64_t j = 0; j < n; j++) {
                 if (weight[j] < least && value_at(p, first + j) >= f->least) least = weight[j];
                 if (weight[j] > 0.0f && weight[j] < positive) positive = weight[j];

@@ -6,8 +6,8 @@
 
 #include "functions.h"
 #include "priorities.h"
+#include "sums.h"
 
-#define FAN 16                   /* children of a node */
 #define RUN 1024                 /* entries that are weighed at a time, at most */
 #define SMALLEST 1.17549435e-38f /* normal float */
 
@@ -80,7 +80,8 @@ INLINE vf soft_weights(const recall_priorities *p, const recall_form *f, int64_t
 
 /* Weights ((|v| rate + extra) 2^shift)^alpha, with |v| = 0 for no value yet. Nothing that may be
  * drawn rounds to 0: with a small exponent it has its share. */
-INLINE vf sized_weights(const recall_priorities *p, const recall_form *f, int64_t first) {
+INLINE vf sized_weights(const recall_priorities *p, const recall_form *f, int64_t first,
+                        int all_valued) {
     vf size, shift = v_set((float)f->shift);
     if (p->is_double) {
         const double *v = (const double *)p->values + first;
@@ -99,7 +100,7 @@ INLINE vf sized_weights(const recall_priorities *p, const recall_form *f, int64_
     } else {
         const vf v = v_load((const float *)p->values + first);
         const vf valued = v_select(v_lt(v_set(-INFINITY), v), v_abs(v), v_set(0.0f));
-        size = v_add(v_mul(valued, v_set((float)f->rate)), v_set((float)f->extra));
+        size = v_add(v_mul(all_valued ? v_abs(v) : valued, v_set((float)f->rate)), v_set((float)f->extra));
     }
     size = v_max(v_set(SMALLEST), size);
     return f->alpha == 1.0 ? size : v_power(size, shift, (float)f->alpha);
@@ -115,13 +116,16 @@ INLINE vm may_be_drawn(const recall_priorities *p, const recall_form *f, int64_t
 }
 
 /* The weights of n entries; behind them there is room up to a multiple of FAN, and behind the values
- * there is memory. */
+ * there is memory. Where all entries are known to have a value, and none is left out for a small
+ * one, that need not be looked at. */
 INLINE void entry_weights(const recall_priorities *p, const recall_form *f, int64_t first, int64_t n,
-                          float *weight) {
+                          int all_valued, float *weight) {
+    const int all_drawn = all_valued && f->least == -INFINITY;
     for (int64_t j = 0; j < n; j += LANES) {
         const vf w = f->mode == MODE_SOFT ? soft_weights(p, f, first + j)
-                                          : sized_weights(p, f, first + j);
-        v_store(weight + j, v_select(may_be_drawn(p, f, first + j), w, v_set(0.0f)));
+                                          : sized_weights(p, f, first + j, all_valued);
+        v_store(weight + j,
+                all_drawn ? w : v_select(may_be_drawn(p, f, first + j), w, v_set(0.0f)));
     }
     for (int64_t j = n; j % FAN; j++) weight[j] = 0.0f;
 }

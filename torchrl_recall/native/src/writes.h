@@ -205,9 +205,10 @@ int64_t NAME(recall_erase)(recall_priorities *p, const int64_t *index, int64_t c
         const from_type *from = (const from_type *)values, lowest = (from_type)none;              \
         for (int64_t i = start; i < end; i++) {                                                   \
             const to_type x = (to_type)from[i];                                                   \
-            const int is_bad = !(x - x == 0);                                                     \
-            to[i] = is_bad ? (to_type)NAN : from[i] == lowest ? -(to_type)INFINITY : x;           \
+            const int is_bad = !(x - x == 0), is_none = !is_bad & (from[i] == lowest);            \
+            to[i] = is_bad ? (to_type)NAN : is_none ? -(to_type)INFINITY : x;                     \
             bad += is_bad;                                                                        \
+            missing += is_none;                                                                   \
         }                                                                                         \
     } while (0)
 
@@ -220,13 +221,20 @@ int64_t NAME(recall_refresh)(recall_priorities *p, const void *values, int64_t i
     begin_census(p);
     for (int64_t start = 0; start < count; start += CHUNK) {
         const int64_t end = start + CHUNK < count ? start + CHUNK : count;
-        int32_t bad = 0;
+        int32_t bad = 0, missing = 0;
         if (p->is_double && is_double) COPY(double, double);
         else if (p->is_double) COPY(double, float);
         else if (is_double) COPY(float, double);
         else COPY(float, float);
         refused += bad;
-        if (with_census && start < p->size) take_in(p, start, end < p->size ? end : p->size);
+        if (!with_census || start >= p->size) continue;
+        if (end > p->size) {
+            take_in(p, start, p->size);
+            continue;
+        }
+        p->num_drawable += end - start - bad;
+        p->num_valued += end - start - bad - missing;
+        if (needs_largest(p)) find_largest(p, start, end, -INFINITY);
     }
     p->census_is_valid = with_census;
     p->threshold_is_valid = p->band_is_valid = p->eligible_is_valid = 0;
