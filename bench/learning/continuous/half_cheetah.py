@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,12 @@ class SparseHalfCheetahEnv(SeededEnv):
         seed: int | None = None,
     ) -> None:
         import gymnasium.envs.mujoco
-        import mujoco
 
+        mujoco: Any = importlib.import_module("mujoco")  # its stubs lack what is compiled
         super().__init__(device="cpu", batch_size=torch.Size(batch_size))
         self.distance, self.max_steps = distance, max_steps
         folder = Path(gymnasium.envs.mujoco.__file__).parent / "assets"
-        self._mujoco: Any = mujoco
+        self._mujoco = mujoco
         self._model = mujoco.MjModel.from_xml_path(str(folder / "half_cheetah.xml"))
         self._data = [mujoco.MjData(self._model) for _ in range(batch_size[0])]
         self._elapsed = torch.zeros(*batch_size, 1, dtype=torch.int64)

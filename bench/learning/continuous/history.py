@@ -64,7 +64,8 @@ class History:
             before, exists = self.row_before(rows[0])
             rows.insert(0, before)
             kept.insert(0, kept[0] & exists)
-        return self.data[torch.stack(rows, 1)], torch.stack(kept, 1)
+        found: Any = self.data[torch.stack(rows, 1)]
+        return found, torch.stack(kept, 1)
 
     def by_row(self, values: Tensor) -> Tensor:
         """Undo `along_time`."""

@@ -91,7 +91,8 @@ class PPO:
         self.generator = torch.Generator().manual_seed(seed)
         self.env = task.make(s.num_envs, seed)
         self.test = (task.test or task.make)(task.num_tests, EVALUATION_SEED)
-        self.state = self.env._reset()
+        env: Any = self.env
+        self.state: TensorDictBase = env._reset()
         size = self.env.action_spec.shape[-1]
         self.critic_keys = task.critic_keys or task.keys
         self.policy = policy = Scaled(
@@ -99,7 +100,8 @@ class PPO:
         )
         value = Scaled(task, self.critic_keys, s.num_cells, outputs=1)
         # The first policy is the same everywhere, and no advantage is made of the critic's noise.
-        for head in (policy.layers[-1], value.layers[-1]):
+        last: Any = (policy.layers[-1], value.layers[-1])
+        for head in last:
             with torch.no_grad():
                 head.weight *= 0.01
                 head.bias.zero_()

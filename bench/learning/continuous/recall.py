@@ -61,7 +61,8 @@ class RewardedStarts:
     def __call__(self, tensordict: TensorDictBase, generator: torch.Generator) -> TensorDictBase:
         rows = self.rows(tensordict.shape.numel(), generator)
         any_row = torch.zeros(tensordict.shape, dtype=torch.int64) if rows is None else rows
-        after = self.history.data["next"].select(*self.history.keys)[any_row]
+        states: Any = self.history.data["next"]
+        after = states.select(*self.history.keys)[any_row]
         kept = torch.full(tensordict.shape, rows is not None)
         return after.set(("collector", "mask"), kept)
 
