@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
-import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 
+from bench.learning.jobs import results
 from bench.learning.rows import ROWS, Row
 from bench.learning.variants import Variant, maker
 from bench.result_files import write_result
@@ -102,8 +101,8 @@ def run_missing(
     waiting = [job for job in jobs if not path_of(folder, job).exists()]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are there.", flush=True)
     began = time.monotonic()
-    results = _results(waiting, size, budget, workers)
-    for done, ((name, seed), result) in enumerate(results, 1):
+    finished = results(waiting, partial(_run, size=size, budget=budget), workers)
+    for done, ((name, seed), result) in enumerate(finished, 1):
         write_result(path_of(folder, (name, seed)), result)
         solved = "not solved" if result["t90"] is None else f"{result['t90']:,} steps"
         left = (time.monotonic() - began) / done * (len(waiting) - done) / 60
@@ -114,28 +113,5 @@ def run_missing(
         )
 
 
-def _results(
-    jobs: Sequence[Job], size: int, budget: int, workers: int
-) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Run jobs and yield each result as it comes."""
-    if workers == 1:
-        threads = torch.get_num_threads()
-        _start_worker()
-        for job in jobs:
-            yield job, _run(job, size, budget)
-        torch.set_num_threads(threads)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
-        futures = {pool.submit(_run, job, size, budget): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-
-
-def _start_worker() -> None:
-    logging.getLogger("torchrl").setLevel(logging.WARNING)
-    torch.set_num_threads(1)
-
-
-def _run(job: Job, size: int, budget: int) -> dict[str, Any]:
+def _run(job: Job, *, size: int, budget: int) -> dict[str, Any]:
     return run(ROWS[job[0]], job[1], size, budget)

@@ -1,0 +1,161 @@
+"""The reported rows: which recipes run on which mazes, with how many seeds and steps."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from bench.learning.entry import Entry
+from bench.learning.grids.recipes import LABELS, ROWS, TUNED, TUNED_15, TUNED_19
+from bench.learning.grids.task import Task
+from bench.learning.grids.training import Recipe, train
+from bench.learning.suite import Section
+
+SEEDS = tuple(range(1000, 1020))
+# Of what was chosen after the first runs on 19 x 19 had been seen.
+LATER_SEEDS = tuple(range(1100, 1120))
+FEWER_SEEDS = SEEDS[:10]
+TUNING_SEEDS = tuple(range(2000, 2005))
+TUNING = {
+    11: (TUNED, 40_000),
+    15: (TUNED_15, 100_000),
+    19: (TUNED_19, 30_000),
+}  # by size, with their budgets
+BUDGET = 200_000
+# The budgets of other rows; a gradient step for each 16 steps of the maze takes its time.
+BUDGETS = {"dqn": 100_000}
+
+MAIN = ("a2c/traces", "a2c/known", "a2c/sil", "a2c/best", "a2c/past", "a2c/bonus_sil", "a2c/plain")
+DQN_ROWS = ("dqn/traces", "dqn/per", "dqn/known", "dqn/her", "dqn/past", "dqn/plain", "dqn/dyna")
+REST = ("a2c/paper", "a2c/bonus", "ppo/traces", "ppo/plain", "ppo/past")
+GROWN = ("a2c/known", "a2c/traces", "a2c/past", "a2c/sil")
+STITCHED = ("a2c/traces", "a2c/past", "a2c/plain", "a2c/sil", "a2c/known")
+
+FOUR_ROOMS = {size: Task(size) for size in (11, 13, 15, 19, 23, 27, 31)}
+FRAGMENTS = tuple(Task(13, fragment=10, slip=slip) for slip in (0.0, 0.1))
+FRAGMENTS += (Task(19, fragment=10),)
+ANY_START = (Task(15, start="any"),)
+SLIPPERY = (Task(15, slip=0.1),)
+
+# What is run, in the order of its importance.
+JOBS: tuple[tuple[tuple[Task, ...], tuple[str, ...], tuple[int, ...]], ...] = (
+    ((FOUR_ROOMS[15],), MAIN, SEEDS),
+    (FRAGMENTS[:2], STITCHED[:3], SEEDS),
+    ((FOUR_ROOMS[19],), MAIN[:5], SEEDS),
+    ((FOUR_ROOMS[19], FOUR_ROOMS[15]), ("a2c/focused",), LATER_SEEDS),
+    ((FOUR_ROOMS[15],), DQN_ROWS[:5], SEEDS),
+    ((FOUR_ROOMS[11], FOUR_ROOMS[13]), (*MAIN[:3], "a2c/plain"), SEEDS),
+    ((FOUR_ROOMS[23],), GROWN, FEWER_SEEDS),
+    ((FOUR_ROOMS[19],), MAIN[5:], SEEDS),
+    (FRAGMENTS[2:], STITCHED[:3], SEEDS),
+    (FRAGMENTS[:2], STITCHED[3:], SEEDS),
+    ((FOUR_ROOMS[15],), (*DQN_ROWS[5:], *REST), SEEDS),
+    ((FOUR_ROOMS[27], FOUR_ROOMS[31]), GROWN, FEWER_SEEDS),
+    ((*SLIPPERY, *ANY_START), MAIN[:5], SEEDS),
+)
+
+
+def make(
+    task: Task,
+    row: str,
+    recipe: Recipe,
+    seeds: tuple[int, ...],
+    budget: int,
+    label: str,
+    name: str | None = None,
+) -> Entry:
+    """Return the entry of a recipe on a maze.
+
+    Args:
+        task: the maze.
+        row: ``algorithm/variant``.
+        recipe: the algorithm's settings.
+        seeds: that are reported.
+        budget: environment steps.
+        label: how tables call the row.
+        name: of the task in paths; its own by default.
+    """
+    algorithm, variant = row.split("/")
+    definition = {"task": task.definition(), "recipe": recipe.definition()}
+    run = partial(train, task=task, recipe=recipe, budget=budget)
+    return Entry(name or task.name, algorithm, variant, seeds, budget, run, definition, label=label)
+
+
+def tuning() -> list[Entry]:
+    """Return the grids of settings, on seeds of their own."""
+    return [
+        make(
+            Task(size),
+            f"{method}/{setting}",
+            recipe,
+            TUNING_SEEDS,
+            budget,
+            f"{method}: {setting}",
+            f"tuning_four_rooms_{size}",
+        )
+        for size, (tuned, budget) in TUNING.items()
+        for method, settings in tuned.items()
+        for setting, recipe in settings.items()
+    ]
+
+
+def reported() -> list[Entry]:
+    """Return the rows of the report, in the order in which to run them."""
+    return [
+        make(task, row, ROWS[row], seeds, BUDGETS.get(row.split("/")[0], BUDGET), LABELS[row])
+        for tasks, rows, seeds in JOBS
+        for task in tasks
+        for row in rows
+    ]
+
+
+def sections() -> list[Section]:
+    """Return the parts of the report."""
+    fifteen, nineteen = FOUR_ROOMS[15].name, FOUR_ROOMS[19].name
+    references = ("a2c/focused", "a2c/traces", "dqn/traces", "ppo/traces")
+    shown = (
+        "a2c/focused",
+        "a2c/traces",
+        "a2c/sil",
+        "a2c/best",
+        "a2c/past",
+        "a2c/plain",
+        "dqn/traces",
+        "dqn/per",
+    )
+    return [
+        Section(
+            "four_rooms",
+            "Four rooms",
+            (fifteen, nineteen),
+            references,
+            in_readme=(*shown, "a2c/known", "dqn/her"),
+        ),
+        Section(
+            "fragments",
+            "Data in short fragments",
+            tuple(task.name for task in FRAGMENTS),
+            references,
+            in_readme=("a2c/traces", "a2c/past", "a2c/plain"),
+        ),
+        Section(
+            "growth",
+            "Mazes that grow",
+            tuple(task.name for task in FOUR_ROOMS.values()),
+            references,
+            sizes=tuple(FOUR_ROOMS),
+            figures=False,
+        ),
+        Section(
+            "four_rooms_others",
+            "Four rooms with slips, and from any cell",
+            tuple(task.name for task in (*SLIPPERY, *ANY_START)),
+            references,
+        ),
+        Section(
+            "tuning_four_rooms",
+            "Tuning on four rooms",
+            tuple(f"tuning_four_rooms_{size}" for size in TUNING),
+            (),
+            figures=False,
+        ),
+    ]

@@ -1,0 +1,42 @@
+"""Jobs side by side in processes of one thread each."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any, TypeVar
+
+import torch
+
+Job = TypeVar("Job")
+
+
+def results(
+    jobs: Sequence[Job], run: Callable[[Job], Any], workers: int = 1
+) -> Iterator[tuple[Job, Any]]:
+    """Run jobs and yield each with its result as it comes.
+
+    Args:
+        jobs: picklable if there are several workers.
+        run: takes a job; picklable likewise.
+        workers: processes side by side; 1 is this process.
+    """
+    if workers == 1:
+        threads = torch.get_num_threads()
+        _start_worker()
+        for job in jobs:
+            yield job, run(job)
+        torch.set_num_threads(threads)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+        futures = {pool.submit(run, job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+def _start_worker() -> None:
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
+    torch.set_num_threads(1)

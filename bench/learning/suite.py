@@ -1,0 +1,87 @@
+"""All entries and sections of the report, collected from the modules that define them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.learning.entry import Entry
+
+# Each has `entries()`, which returns Entry objects, and `sections()`, which returns Section ones.
+MODULES = ("bench.learning.grids", "bench.learning.continuous")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report: tasks that are read together.
+
+    Args:
+        name: of the file with its reading, ``bench/learning/readings/<name>.md``, and of its
+            figures.
+        title: its heading.
+        tasks: its tasks, in order; each becomes a table.
+        reference: ``algorithm/variant`` that ratios and probabilities compare the others with, of
+            each task that has it.
+        in_readme: rows (``algorithm/variant``) that the README shows.
+        by_steps_to_solve: tables count the steps until solved; else the area under the curve.
+        figures: whether there are figures; grids of settings have none.
+        sizes: the tasks' sizes, to fit how the cost grows with them; empty: not fitted.
+    """
+
+    name: str
+    title: str
+    tasks: tuple[str, ...]
+    reference: tuple[str, ...]
+    in_readme: tuple[str, ...] = ()
+    by_steps_to_solve: bool = True
+    figures: bool = True
+    sizes: tuple[int, ...] = ()
+
+
+def collect(modules: Sequence[str] = MODULES) -> list[Entry]:
+    """Return all entries.
+
+    Raises:
+        ValueError: two entries have the same task, algorithm and variant.
+    """
+    entries = [entry for name in _present(modules) for entry in _load(name).entries()]
+    names = [(entry.task, entry.name) for entry in entries]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"entries must differ in task, algorithm or variant, got twice: {twice}.")
+    return entries
+
+
+def sections(modules: Sequence[str] = MODULES) -> list[Section]:
+    """Return the report's sections in order."""
+    return [section for name in _present(modules) for section in _load(name).sections()]
+
+
+def select(
+    entries: Sequence[Entry],
+    tasks: Sequence[str] | None = None,
+    algorithms: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
+) -> list[Entry]:
+    """Return the entries of these tasks, algorithms and variants; None is all.
+
+    Raises:
+        ValueError: a name that no entry has.
+    """
+    for attribute, wanted in (("task", tasks), ("algorithm", algorithms), ("variant", variants)):
+        known = {getattr(entry, attribute) for entry in entries}
+        unknown = sorted(set(wanted or ()) - known)
+        if unknown:
+            raise ValueError(f"no entry has the {attribute} {unknown}; there are {sorted(known)}.")
+        entries = [e for e in entries if wanted is None or getattr(e, attribute) in wanted]
+    return list(entries)
+
+
+def _present(modules: Sequence[str]) -> list[str]:
+    return [name for name in modules if importlib.util.find_spec(name) is not None]
+
+
+def _load(name: str):
+    return importlib.import_module(name)
