@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Bounded, Categorical, Unbounded
+from torchrl.modules import QValueActor
 from torchrl.objectives import DDPGLoss, TD3Loss
 from torchrl.objectives.bc import BCLoss
 from weight_data import make_critic
@@ -198,8 +199,16 @@ def test_door():
 
 def test_classes_have_no_distance():
     actor, data = make_actor("categorical"), recall(4, 5, kind="categorical")
-    with pytest.raises(TypeError, match=r"distances are of continuous actions, got torch\.int64"):
+    with pytest.raises(
+        TypeError, match=r"distances are of continuous actions, got torch\.int64; .*'margin'"
+    ):
         RecallTraceLoss(actor, loss_function="mse")(data)
+
+
+def test_an_actor_of_values_is_told_its_losses():
+    actor = QValueActor(nn.Linear(3, 2), in_keys=["observation"], action_space="categorical")
+    with pytest.raises(TypeError, match=r"with one of values \(DQN\) by 'margin'"):
+        RecallTraceLoss(actor)
 
 
 def test_distance_of_scalar_actions():

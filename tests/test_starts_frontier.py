@@ -299,6 +299,40 @@ class TestInTheTransform:
             assert copied.transform[0].start.found
             assert not starts.found
 
+    def test_rarity_on_some_keys_only(self):
+        # The lone speed is rarest by both keys, the lone place by the place alone.
+        place, speed = torch.zeros(40, 1), torch.zeros(40, 1)
+        place += 0.01 * torch.randn(40, 1, generator=generator(1))
+        place[7], speed[3] = 1.0, 1000.0
+        after = {"place": place, "speed": speed, "reward": torch.zeros(40, 1)}
+        rb = ReplayBuffer(storage=LazyTensorStorage(40), batch_size=4)
+        rb.extend(TensorDict({"next": after}, [40]))
+        batch = TensorDict({}, [2])
+        keys = ["speed", "place"]
+        both = FrontierStarts(rb, observation_keys=keys, num_neighbours=1)
+        assert both(batch, generator())["speed"].flatten().tolist() == [1000.0, 1000.0]
+        for observed in (keys, ["speed"]):  # the place need not be among the model's keys
+            starts = FrontierStarts(
+                rb, observation_keys=observed, rarity_keys="place", num_neighbours=1
+            )
+            found = starts(batch, generator())
+            assert set(found.keys()) == set(observed)
+            assert found["speed"].flatten().tolist() == [0.0, 0.0]
+            if "place" in observed:
+                assert found["place"].flatten().tolist() == [1.0, 1.0]
+
+    def test_what_is_not_finite_is_no_target_whichever_key_it_is_in(self):
+        place, speed = torch.arange(6.0).view(6, 1) ** 2, torch.zeros(6, 1)
+        speed[5] = torch.nan  # of the rarest place
+        rb = ReplayBuffer(storage=LazyTensorStorage(6), batch_size=4)
+        rb.extend(
+            TensorDict({"next": {"place": place, "speed": speed, "reward": torch.zeros(6, 1)}}, [6])
+        )
+        starts = FrontierStarts(
+            rb, observation_keys=["place", "speed"], rarity_keys="place", num_neighbours=1
+        )
+        assert starts(TensorDict({}, [1]), generator())["place"].item() == 16.0
+
     def test_refusals(self):
         rb = buffer_of(torch.zeros(3, 2))
         with pytest.raises(TypeError, match="buffer must be a ReplayBuffer in this process"):

@@ -182,6 +182,48 @@ class TestDataSupport:
         torch.testing.assert_close(whole.threshold, pieces.threshold)
         assert torch.equal(whole(queries), pieces(queries))
 
+    def test_one_reference_from_each_cell(self):
+        data = torch.cat([0.02 * rows(2000), 5 + 0.02 * rows(3, seed=1), rows(40, seed=2)])
+        support = DataSupport(
+            "observation", num_references=10_000, cell_size=0.5, generator=generator()
+        ).fit(as_data(data))
+        edge = 0.5 * data.std(0, correction=0)
+        cells = {tuple(cell) for cell in (data / edge).floor().long().tolist()}
+        known = support._known
+        references = known.states * known.std + known.mean
+        found = [tuple(cell) for cell in (references / edge).floor().long().tolist()]
+        assert len(found) == len(cells)
+        assert set(found) == cells
+        # References are data, not corners of cells.
+        apart = (references[:, None] - data).norm(dim=-1)
+        assert apart.amin(1).max() < 1e-9
+
+    def test_what_is_rare_is_among_the_references_of_cells(self):
+        crowd, path = (
+            0.1 * rows(20_000),
+            torch.linspace(1, 4, 40, dtype=F64)[:, None] * torch.ones(2),
+        )
+        data = as_data(torch.cat([crowd, path]))
+        inside = {}
+        for cell_size in (None, 0.25):
+            support = DataSupport(
+                "observation", num_references=1000, cell_size=cell_size, generator=generator()
+            )
+            inside[cell_size] = support.fit(data)(path).double().mean()
+            assert not support(torch.tensor([[1.0, 4.0]], dtype=F64))
+        assert inside[None] < 0.2
+        assert inside[0.25] == 1
+
+    def test_few_cells_still_leave_neighbours(self):
+        data = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0]], dtype=F64)
+        for size in (1e-3, 0.5):
+            support = DataSupport("observation", num_references=1, cell_size=size)
+            assert support.fit(as_data(data))(data).any()
+        with pytest.raises(ValueError, match="lie in 1 cell"):
+            DataSupport("observation", cell_size=100.0).fit(as_data(data + 10))
+        with pytest.raises(ValueError, match="cell_size"):
+            DataSupport("observation", cell_size=0.0)
+
     def test_shapes_and_what_is_not_finite(self):
         support = DataSupport().fit(as_data(rows(100)))
         queries = rows(24, seed=1).reshape(2, 3, 4, 2)

@@ -176,7 +176,7 @@ def test_wrong_arguments():
         transition_value(transitions(3), Critic(), gamma=GAMMA, chunk_size=0)
     data = transitions(3)
     data["next", "reward"] = torch.zeros(3, 2)
-    with pytest.raises(ValueError, match=r"one number per transition, \(3,\) or \(3, 1\), got"):
+    with pytest.raises(ValueError, match=r"'reward'\) has shape \(3, 2\), expected one entry for"):
         transition_value(data, Critic(), gamma=GAMMA)
 
 

@@ -42,7 +42,8 @@ class BacktrackLoss(LossModule):
 
     With a stop head every row is a non-stop example at its next state, and every row marked
     ``is_init`` also a stop example at its observation. Rows masked at ``("collector", "mask")``
-    count for nothing.
+    count for nothing. Unfinished episodes bias the stop head: their starts are in the data, their
+    ends are not, so that it stops too often and traces are too short. Long rollouts make it small.
 
     An ensemble's loss is the mean of its members' own: each learns by itself, as it would alone up
     to the scale of its gradient. The likelihood of their mixture would let them divide the data.

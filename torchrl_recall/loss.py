@@ -151,7 +151,8 @@ class RecallTraceLoss(LossModule):
         if loss_function is None and not hasattr(actor, "get_dist"):
             raise TypeError(
                 f"actor must be a stochastic policy with get_dist, got {type(actor).__name__}; "
-                "imitate with a deterministic one by loss_function='mse'."
+                "imitate with a deterministic one by loss_function='mse', with one of values (DQN) "
+                "by 'margin'."
             )
         if loss_function is None and action_spec is not None:
             raise ValueError("action_spec is the unit of a loss_function, but there is none.")

@@ -20,14 +20,15 @@ from torchrl_recall.checks import (
     check_network,
     check_real,
 )
+from torchrl_recall.masking import one_each
 from torchrl_recall.priorities.ages import BLOCK_ENTRIES, BlockAges
 from torchrl_recall.priorities.returns import ReturnsToGo
+from torchrl_recall.state_reading import entry
 from torchrl_recall.stored_rows import LocalRows, RemoteRows, Ring, rows_of
 from torchrl_recall.values import (
     DEFAULT_CHUNK,
     bootstrapped_value,
     next_state_value,
-    one_each,
 )
 
 TARGETS = ("bootstrap", "return")
@@ -297,7 +298,7 @@ class ValueRefresh:
             )
 
         def column(key: NestedKey) -> Tensor:
-            return one_each(data, key).reshape(-1, width)
+            return one_each(data, entry(data, key), repr(key)).reshape(-1, width)
 
         ids = None
         if self.trajectory_key is not None:

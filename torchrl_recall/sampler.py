@@ -74,8 +74,8 @@ class ValuePrioritizedSampler(SavedSampler):
 
     "No value yet" counts as :math:`-\infty`, and in ``"per"`` as :math:`|V_i| = 0`; while nothing
     has a value, the draw is uniform. With ``min_value``, only entries of at least this value are
-    drawn (:math:`k` and the ranks stay those of all); if none reaches it, it is ignored, and
-    BacktrackTransform can mask such starts.
+    drawn (:math:`k` and the ranks stay those of all); if none reaches it, it is ignored;
+    ``min_value`` of BacktrackTransform masks such starts.
 
     It is a `PrioritizedSampler` for TorchRL's priority paths, such as
     ``TensorDictReplayBuffer(priority_key=...)``, but needs neither sum trees nor TorchRL's

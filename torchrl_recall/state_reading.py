@@ -140,7 +140,7 @@ def usable_rows(data: TensorDictBase, states: Tensor) -> Tensor:
     return finite if mask is None else finite & mask.reshape(data.shape).bool()
 
 
-def check_size(state: Tensor, size: int) -> None:
+def check_state_size(state: Tensor, size: int) -> None:
     """Refuse flat states of another size than the data's."""
     if state.ndim == 0 or state.shape[-1] != size:
         raise ValueError(f"state has shape {tuple(state.shape)}, expected [*B, {size}].")

@@ -20,6 +20,7 @@ from torchrl_recall.checks import (
     check_network,
     check_real,
 )
+from torchrl_recall.masking import one_each
 from torchrl_recall.state_reading import as_rows, entry
 
 # Bounds the activations of the value network, whatever the size of the storage.
@@ -113,8 +114,8 @@ def bootstrapped_value(
     value_key: NestedKey,
 ) -> Tensor:
     """Compute `transition_value` of a TensorDict ``[*B]`` at once."""
-    reward = one_each(data, reward_key)
-    terminated = one_each(data, terminated_key).bool()
+    reward = one_each(data, entry(data, reward_key), repr(reward_key))
+    terminated = one_each(data, entry(data, terminated_key), repr(terminated_key)).bool()
     value = next_state_value(data, value_network, value_key).to(reward.device)
     # Not a product with (1 - terminated): the value of a terminal state may be NaN.
     return reward + gamma * value.masked_fill(terminated, 0.0)
@@ -137,16 +138,5 @@ def next_state_value(
         states.set(key, state if parameter is None else state.to(parameter.device))
     # Each row is one step, with the hidden state that was stored with it, if there is one.
     with set_recurrent_mode(False):
-        return one_each(value_network(states), value_key)
-
-
-def one_each(data: TensorDictBase, key: NestedKey) -> Tensor:
-    """Read an entry as ``[*B]``."""
-    value = entry(data, key)
-    if value.numel() != data.shape.numel():
-        batch = tuple(data.batch_size)
-        raise ValueError(
-            f"{key!r} must hold one number per transition, {batch} or {(*batch, 1)}, got shape "
-            f"{tuple(value.shape)}"
-        )
-    return value.reshape(data.batch_size)
+        found = value_network(states)
+    return one_each(found, entry(found, value_key), repr(value_key))

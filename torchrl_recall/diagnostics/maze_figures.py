@@ -16,7 +16,7 @@ from torchrl_recall.checks import check_finite
 from torchrl_recall.diagnostics.figures import STYLES
 from torchrl_recall.envs.four_rooms import FourRoomsEnv
 from torchrl_recall.envs.point_maze import PointMazeEnv
-from torchrl_recall.state_reading import entry
+from torchrl_recall.state_reading import entry, trace_entry
 
 Maze = FourRoomsEnv | PointMazeEnv
 # Of the colour map: its palest colours do not show on white.
@@ -242,7 +242,7 @@ def _places(trace: TensorDictBase, jitter: float | None) -> tuple[Tensor, Tensor
     before = entry(trace, "observation", "the trace")
     if before.shape[2:] < (2,):
         raise ValueError(f"observation has shape {tuple(before.shape)}, expected [*B, T, 2].")
-    states = torch.cat([before, entry(trace, ("next", "observation"), "the trace")[:, -1:]], 1)
+    states = trace_entry(trace, "observation")
     places = states[..., :2].detach().double().cpu()
     if not states.is_floating_point():
         places = places.flip(-1)  # rows and columns to x and y

@@ -122,10 +122,12 @@ class PointMazeEnv(SeededEnv):
         self.start: Place = start
         self.goal_mode: Place = goal
         self.dynamics: Dynamics = dynamics
-        self.step_size: float = _positive("step_size", step_size, math.inf)
+        self.step_size: float = check_real(
+            "step_size", step_size, 0.0, open_low=True, open_high=True
+        )
         self.inertia: float = check_real("inertia", inertia, 0.0, math.nextafter(1, 0))
         self.noise: float = check_real("noise", noise, 0.0, 1e6)
-        self.goal_radius: float = _positive("goal_radius", goal_radius, 0.5)
+        self.goal_radius: float = check_real("goal_radius", goal_radius, 0.0, 0.5, open_low=True)
         self.goal_in_observation: bool = bool(goal_in_observation)
         self.dtype = dtype
         self._state_size = 2 if dynamics == "position" else 4
@@ -214,7 +216,7 @@ class PointMazeEnv(SeededEnv):
             >>> PointMazeEnv("u").goal_grid(1.0).shape
             torch.Size([7, 2])
         """
-        spacing = _positive("spacing", spacing, math.inf)
+        spacing = check_real("spacing", spacing, 0.0, open_low=True, open_high=True)
         options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         rows, columns = (
             (torch.arange(max(0, math.ceil(side / spacing - 0.5)), **options) + 0.5) * spacing
@@ -391,10 +393,3 @@ def _need(tensordict: TensorDictBase, key: str) -> Tensor:
 def _composite(entries: dict[str, Any], shape: torch.Size, device: Any) -> Composite:
     clones = {key: spec.clone() for key, spec in entries.items()}
     return Composite(clones, shape=shape, device=device)
-
-
-def _positive(name: str, value: float, high: float) -> float:
-    number = check_real(name, value, 0.0, high)
-    if number == 0 or math.isinf(number):
-        raise ValueError(f"{name} must be positive and finite, got {value}.")
-    return number

@@ -84,7 +84,10 @@ def action_distance(
         tensor([6.5000])
     """
     if not chosen.is_floating_point():
-        raise TypeError(f"distances are of continuous actions, got {chosen.dtype}.")
+        raise TypeError(
+            f"distances are of continuous actions, got {chosen.dtype}; for values of actions (DQN) "
+            "take loss_function='margin' or 'cross_entropy'."
+        )
     if chosen.shape != action.shape:
         raise ValueError(
             f"the trace's action has shape {tuple(action.shape)}, but the actor's has "

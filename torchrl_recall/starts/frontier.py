@@ -55,6 +55,9 @@ class FrontierStarts:
         then (StartStates, optional): the source after the first reward. By default the batch's
             own next states.
         observation_keys (NestedKey or list of NestedKey): the model's observation keys.
+        rarity_keys (NestedKey or list of NestedKey, optional): on which of the stored observations
+            rarity is measured, such as the position alone where velocities are rare without being
+            anywhere new. They need not be the model's. By default all of ``observation_keys``.
 
     Raises:
         TypeError: an argument of the wrong type, or a storage that does not hold TensorDicts.
@@ -87,6 +90,7 @@ class FrontierStarts:
         reward_key: NestedKey = ("next", "reward"),
         then: StartStates | None = None,
         observation_keys: NestedKey | Sequence[NestedKey] = "observation",
+        rarity_keys: NestedKey | Sequence[NestedKey] | None = None,
     ) -> None:
         storage = getattr(buffer, "storage", None) if isinstance(buffer, ReplayBuffer) else buffer
         if not isinstance(storage, Storage):
@@ -103,6 +107,9 @@ class FrontierStarts:
         self.reward_threshold: float = check_real("reward_threshold", reward_threshold)
         self.reward_key = unravel_key(reward_key)
         self.observation_keys: list[NestedKey] = check_keys("observation_keys", observation_keys)
+        self.rarity_keys: list[NestedKey] = (
+            self.observation_keys if rarity_keys is None else check_keys("rarity_keys", rarity_keys)
+        )
         if then is not None and not callable(then):
             raise TypeError(f"then must be a StartStates, got {type(then).__name__}.")
         self.then: StartStates = NextStates(self.observation_keys) if then is None else then
@@ -173,24 +180,26 @@ class FrontierStarts:
         self, stored: TensorDictBase, generator: torch.Generator
     ) -> dict[NestedKey, Tensor] | None:
         """Return the rarest states, ``[num_targets, *observation]`` by key; None: no candidate."""
-        values = {key: entry(stored, unravel_key(("next", key))) for key in self.observation_keys}
-        kinds = {value.is_floating_point() for value in values.values()}
+        read = dict.fromkeys([*self.observation_keys, *self.rarity_keys])
+        values = {key: entry(stored, unravel_key(("next", key))) for key in read}
+        measured = [values[key] for key in self.rarity_keys]
+        kinds = {value.is_floating_point() for value in measured}
         if len(kinds) > 1:
             raise ValueError(
-                f"observation_keys {self.observation_keys} mix floating-point and integer states, "
+                f"rarity_keys {self.rarity_keys} mix floating-point and integer states, "
                 "expected one kind."
             )
         ndim, count = stored.ndim, stored.shape.numel()
         continuous = kinds.pop()
-        device = next(iter(values.values())).device
+        device = measured[0].device
         if continuous:
             rows = distinct_rows(count, self.num_candidates, generator).to(device)
         else:
             rows = torch.arange(count, device=device)
-        states = torch.cat(
-            [pick(value, ndim, rows).reshape(len(rows), -1) for value in values.values()], -1
-        )
+        states = torch.cat([pick(x, ndim, rows).reshape(len(rows), -1) for x in measured], -1)
         kept = unmasked_rows(stored).flatten()[rows] & torch.isfinite(states).all(-1)
+        for key in self.observation_keys:
+            kept &= torch.isfinite(pick(values[key], ndim, rows).reshape(len(rows), -1)).all(-1)
         rows, states = rows[kept], states[kept]
         if len(rows) == 0:
             return None
@@ -202,7 +211,7 @@ class FrontierStarts:
             order = distinct_rows(len(first), len(first), generator).to(device)
             rows, commonness = rows[first[order]], commonness[order]
         rows = rows[commonness.argsort(stable=True)[: self.num_targets]]
-        return {key: pick(value, ndim, rows).clone() for key, value in values.items()}
+        return {key: pick(values[key], ndim, rows).clone() for key in self.observation_keys}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the target, for how many calls it was held, and whether a reward was seen."""

@@ -16,7 +16,7 @@ from torchrl_recall.model import BacktrackModel
 from torchrl_recall.model.observation import ObservationCodec
 from torchrl_recall.state_reading import (
     check_positive,
-    check_size,
+    check_state_size,
     read_states,
     stored_data,
     to_cells,
@@ -126,7 +126,7 @@ class CellSupport:
         visited = self._visited
         if visited is None or self._size is None:
             raise RuntimeError("this CellSupport has seen no data; call fit(buffer) first.")
-        check_size(state, self._size)
+        check_state_size(state, self._size)
         if visited.device != state.device:
             self._visited = visited = visited.to(state.device)
         if self.is_table:
@@ -186,7 +186,7 @@ class CellSupport:
             states = self._read(part)
             if self._size is None:
                 self._size = states.shape[-1]
-            check_size(states, self._size)
+            check_state_size(states, self._size)
             visited = self._joined(visited, self._code(states[usable_rows(part, states)]))
         self._visited = visited
         return self

@@ -18,7 +18,7 @@ from torchrl_recall.generators import carry_generator, own_generator, unpack_gen
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.state_reading import (
     check_positive,
-    check_size,
+    check_state_size,
     read_states,
     stored_data,
     usable_rows,
@@ -61,6 +61,10 @@ class DataSupport:
         num_neighbours (int): which neighbour's distance counts; larger ones forgive outliers less.
         quantile (float): in [0, 1].
         factor (float): above 0.
+        cell_size (float, optional): draw references evenly over where the data have been instead of
+            as often as they were there: one from each cell of this edge, in standard deviations,
+            before ``num_references`` of them are drawn. Data of a learner crowd around its start,
+            and what is rare, such as a frontier, would seldom be among the references.
         generator (torch.Generator, optional): draws the references, on the CPU. By default an own
             one, seeded from torch's.
 
@@ -86,6 +90,7 @@ class DataSupport:
         num_neighbours: int = 1,
         quantile: float = 0.95,
         factor: float = 1.5,
+        cell_size: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         if isinstance(observation, BacktrackModel):
@@ -97,6 +102,9 @@ class DataSupport:
         self.num_neighbours: int = check_at_least_one("num_neighbours", num_neighbours)
         self.quantile: float = check_real("quantile", quantile, 0.0, 1.0)
         self.factor: float = float(check_positive("factor", factor))
+        if cell_size is not None:
+            cell_size = float(check_positive("cell_size", cell_size))
+        self.cell_size: float | None = cell_size
         self.generator: torch.Generator = own_generator(generator)
         self._known: _References | None = None
 
@@ -115,9 +123,11 @@ class DataSupport:
         Raises:
             KeyError: a key is missing.
             TypeError: none of these kinds of data.
-            ValueError: states that are not floating-point, or fewer than ``num_neighbours + 1``.
+            ValueError: states that are not floating-point, or fewer than ``num_neighbours + 1`` of
+                them, or of cells they lie in.
         """
-        states = _kept_rows(data, self.keys, self.num_references, self.generator)
+        number = None if self.cell_size is not None else self.num_references
+        states = _kept_rows(data, self.keys, number, self.generator)
         if not states.is_floating_point():
             raise ValueError(
                 f"{self.keys} hold {states.dtype}, expected floating-point states; CellSupport is "
@@ -128,6 +138,16 @@ class DataSupport:
                 f"data has {len(states)} finite states, expected more than num_neighbours="
                 f"{self.num_neighbours}."
             )
+        if self.cell_size is not None:
+            # In random order already: the first of a cell is a fair draw, as are the first cells.
+            spread = states.double().std(0, correction=0).clamp_min(FLOOR)
+            first = _first_of_cells(states.double() / spread / self.cell_size)
+            states = states[first[: max(self.num_references, self.num_neighbours + 1)]]
+            if len(states) <= self.num_neighbours:
+                raise ValueError(
+                    f"data lie in {len(states)} cell(s) of cell_size="
+                    f"{self.cell_size}, expected more than num_neighbours={self.num_neighbours}."
+                )
         states = states.double()
         std, mean = torch.std_mean(states, 0, correction=0)
         std = std.clamp_min(FLOOR)
@@ -174,7 +194,7 @@ class DataSupport:
         """
         state = read_states(state, self.keys) if isinstance(state, TensorDictBase) else state
         fitted = known = self._fitted()
-        check_size(state, known.mean.shape[0])
+        check_state_size(state, known.mean.shape[0])
         if known.states.device != state.device:
             known = _References(*(part.to(state.device) for part in fitted))
             if self._known is fitted:  # and not fitted anew by another thread
@@ -237,11 +257,23 @@ class DataSupport:
         return distance.topk(k, largest=False).values[:, -1]
 
 
-def _kept_rows(data: Any, keys: list[NestedKey], number: int, generator: torch.Generator) -> Tensor:
+def _first_of_cells(scaled: Tensor) -> Tensor:
+    """Return the row of each cell's first state, in order; ``scaled`` is ``[n, D]`` in cells."""
+    cells = scaled.floor().long()
+    _, which = cells.unique(dim=0, return_inverse=True)
+    first = torch.full((int(which.max()) + 1,), len(cells), device=cells.device)
+    rows = torch.arange(len(cells), device=cells.device)
+    return first.scatter_reduce(0, which, rows, "amin").sort().values
+
+
+def _kept_rows(
+    data: Any, keys: list[NestedKey], number: int | None, generator: torch.Generator
+) -> Tensor:
     """Draw states ``[n, D]``, n <= number, among those that are finite and no padding."""
     source = stored_data(data).select(*keys, ("collector", "mask"), strict=False)
     shape = source.shape
     index = torch.randperm(shape.numel(), generator=generator)
+    number = shape.numel() if number is None else number
     found: list[Tensor] = []
     missing = number
     # One draw is enough unless there are gaps.

@@ -24,7 +24,7 @@ INLINE int steps_up(const double *weight, double x, double *sum) {
         (unsigned)_mm512_cmp_pd_mask(high, point, _CMP_LE_OQ) << 8;
     _mm512_storeu_pd(sum, low);
     _mm512_storeu_pd(sum + 8, high);
-    return __builtin_popcount(up & 0x7fff);
+    return count_bits(up & 0x7fff);
 }
 #elif RECALL_ISA == 256
 INLINE __m256d running_four(__m256d x) {
@@ -47,7 +47,7 @@ INLINE int steps_up(const double *weight, double x, double *sum) {
         up |= (unsigned)_mm256_movemask_pd(below) << (4 * j);
         _mm256_storeu_pd(sum + 4 * j, parts[j]);
     }
-    return __builtin_popcount(up & 0x7fff);
+    return count_bits(up & 0x7fff);
 }
 #else
 INLINE int steps_up(const double *weight, double x, double *sum) {
@@ -97,7 +97,7 @@ INLINE int choose_count(const uint64_t *count, int shift, uint32_t *rest) {
     x = _mm512_add_epi32(x, _mm512_alignr_epi32(x, zero, 8));
     _mm512_storeu_si512(sum + 1, x);
     const __mmask16 up = _mm512_cmple_epu32_mask(x, _mm512_set1_epi32((int)*rest));
-    const int chosen = __builtin_popcount(up & 0x7fffu);
+    const int chosen = count_bits(up & 0x7fffu);
 #else
     int chosen = 0;
     for (int j = 0; j < FAN; j++) sum[j + 1] = sum[j] + (uint32_t)(count[j] >> shift);

@@ -76,6 +76,7 @@ static void build(const recall_priorities *p, const recall_form *f, levels *l, i
         } else {
             for (int64_t i = first; i < count; i += RUN / FAN) {
                 const int64_t to = i + RUN / FAN < count ? i + RUN / FAN : count;
+                /* A constant, so that each is compiled without the other's work. */
                 if (all_valued) add_leaves(p, f, l, i, to, 1);
                 else add_leaves(p, f, l, i, to, 0);
             }

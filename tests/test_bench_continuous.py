@@ -1,0 +1,192 @@
+"""The sparse continuous tasks against Gymnasium, the history against a loop, and short runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.envs.utils import check_env_specs
+
+from bench.learning.continuous import entries, sections
+from bench.learning.continuous.history import History
+from bench.learning.continuous.mountain_car import SparseMountainCarEnv
+from bench.learning.continuous.ppo import PPO
+from bench.learning.continuous.tasks import TASKS
+from bench.learning.continuous.variants import VARIANTS, settings_of
+
+
+class TestMountainCar:
+    def test_steps_are_gymnasiums(self):
+        gymnasium = pytest.importorskip("gymnasium")
+        theirs = gymnasium.make("MountainCarContinuous-v0").unwrapped
+        theirs.reset(seed=0)
+        draw = np.random.default_rng(0)
+        low, high = theirs.observation_space.low, theirs.observation_space.high
+        for _ in range(300):
+            state = draw.uniform(low, high)
+            action = draw.uniform(-1.5, 1.5, 1).astype(np.float32)
+            theirs.state = state.copy()
+            after, _, terminated, _, _ = theirs.step(action)
+            ours = SparseMountainCarEnv()
+            made = ours._step(
+                TensorDict(
+                    {
+                        "observation": torch.tensor(state[None], dtype=torch.float64),
+                        "action": torch.tensor(action[None]),
+                        "elapsed": torch.zeros(1, 1, dtype=torch.int64),
+                    },
+                    [1],
+                )
+            )
+            np.testing.assert_allclose(made["observation"][0].numpy(), after, atol=1e-6)
+            assert bool(made["terminated"]) == terminated
+
+    def test_specs_and_reward(self):
+        env = SparseMountainCarEnv((3,), max_steps=5, seed=0)
+        check_env_specs(env)
+        data = env.rollout(5, break_when_any_done=False)
+        assert data["next", "truncated"][:, -1].all()
+        assert not data["next", "reward"].any()
+
+
+class TestHalfCheetah:
+    def test_steps_are_gymnasiums(self):
+        gymnasium = pytest.importorskip("gymnasium")
+        pytest.importorskip("mujoco")
+        from bench.learning.continuous.half_cheetah import SparseHalfCheetahEnv
+
+        theirs = gymnasium.make(
+            "HalfCheetah-v5", exclude_current_positions_from_observation=False
+        ).unwrapped
+        ours = SparseHalfCheetahEnv((2,), distance=-0.05, max_steps=40, seed=0)
+        check_env_specs(ours)
+        state = ours.reset()
+        theirs.reset(seed=0)
+        data = ours._data[1]
+        theirs.set_state(data.qpos.copy(), data.qvel.copy())
+        theirs.data.qacc_warmstart[:] = data.qacc_warmstart
+        draw = torch.Generator().manual_seed(0)
+        after = state
+        for _ in range(40):
+            state["action"] = 2 * torch.rand(2, 6, generator=draw) - 1
+            after = ours.step(state)["next"]
+            expected, *_ = theirs.step(state["action"][1].double().numpy())
+            found = torch.cat([after["position"], after["observation"]], -1)[1]
+            np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
+            assert bool(after["reward"][1]) == (expected[0] >= -0.05)
+            state = after.exclude("reward")
+        assert after["truncated"].all()
+
+    def test_resets_only_what_is_asked_for(self):
+        pytest.importorskip("mujoco")
+        from bench.learning.continuous.half_cheetah import SparseHalfCheetahEnv
+
+        env = SparseHalfCheetahEnv((2,), seed=0)
+        before = env.reset()
+        mask = torch.tensor([[True], [False]])
+        env.reset(TensorDict({"_reset": mask}, [2]))
+        after = env._read()
+        assert torch.equal(before["observation"][1], after["observation"][1])
+        assert not torch.equal(before["observation"][0], after["observation"][0])
+
+
+def made_history() -> tuple[History, torch.Tensor, torch.Tensor]:
+    """Two environments, three rollouts of four steps; reward and done ``[2, 12]``."""
+    history = History(24, ("observation",))
+    generator = torch.Generator().manual_seed(0)
+    reward = torch.rand(2, 12, generator=generator)
+    done = torch.rand(2, 12, generator=generator) < 0.3
+    place = torch.arange(24.0).view(2, 12)
+    for part in range(3):
+        cut = slice(4 * part, 4 * part + 4)
+        ends = {"done": done[:, cut, None], "terminated": done[:, cut, None]}
+        history.extend(
+            TensorDict(
+                {
+                    "observation": place[:, cut, None],
+                    "action": torch.zeros(2, 4, 1),
+                    "next": {
+                        "observation": place[:, cut, None] + 0.5,
+                        "reward": reward[:, cut, None],
+                        **ends,
+                    },
+                },
+                [2, 4],
+            )
+        )
+    return history, reward, done
+
+
+class TestHistory:
+    def test_along_time_and_back(self):
+        history, *_ = made_history()
+        place = history.data["observation"][:, 0]
+        assert torch.equal(history.along_time(place), torch.arange(24.0).view(2, 12))
+        assert torch.equal(history.by_row(history.along_time(place)), place)
+
+    def test_returns_are_those_of_a_loop(self):
+        history, reward, done = made_history()
+        total, ended = (history.along_time(x) for x in history.returns(0.9))
+        for e in range(2):
+            for t in range(12):
+                stop = next((u for u in range(t, 12) if done[e, u]), None)
+                assert bool(ended[e, t]) == (stop is not None)
+                if stop is not None:
+                    rewards = reward[e, t : stop + 1]
+                    expected = (rewards * 0.9 ** torch.arange(len(rewards))).sum()
+                    torch.testing.assert_close(total[e, t], expected)
+
+    def test_past_stops_at_the_episode_before(self):
+        history, _, done = made_history()
+        place = history.data["observation"][:, 0]
+        for row in range(24):
+            trace, kept = history.past(torch.tensor([row]), 5)
+            e, t = divmod(int(place[row]), 12)
+            first = next((u + 1 for u in range(t - 1, -1, -1) if done[e, u]), 0)
+            expected = [12.0 * e + u for u in range(max(first, t - 4), t + 1)]
+            assert trace["observation"][0, :, 0][kept[0]].tolist() == expected
+
+    def test_episodes(self):
+        history, _, done = made_history()
+        place = history.data["observation"][:, 0]
+        first = history.first_steps().nonzero().flatten()
+        for row in first.tolist():
+            e, t = divmod(int(place[row]), 12)
+            assert t == 0 or done[e, t - 1]
+            end = next((u for u in range(t, 12) if done[e, u]), 11)
+            rows = history.episode_rows(torch.tensor([row]))
+            assert place[rows].tolist() == [12.0 * e + u for u in range(t, end + 1)]
+
+
+SMALL = {"num_envs": 8, "rollout_steps": 16, "minibatch": 64, "epochs": 1}
+RUNS = [(task.name, variant) for task in TASKS.values() for variant in task.variants]
+
+
+@pytest.mark.parametrize(("task_name", "variant_name"), RUNS)
+def test_every_row_trains(task_name: str, variant_name: str):
+    task, variant = TASKS[task_name], VARIANTS[variant_name]
+    if task.mujoco:
+        pytest.importorskip("mujoco")
+    task = replace(task, ppo=replace(task.ppo, **SMALL), num_tests=2)
+    guide = variant.guide
+    options = settings_of(task, variant)
+    if variant.recalls:
+        few = {"first_model_steps": 2, "model_steps": 2, "num_traces": 4}
+        options["settings"] = replace(options["settings"], **few)
+    host = PPO(task, 0, guide and (lambda host: guide(host, **options)), budget=256)
+    before = [p.detach().clone() for p in host.policy.parameters()]
+    for _ in range(2):
+        host.iterate()
+    assert len(host.history) == 256
+    after = list(host.policy.parameters())
+    assert all(p.isfinite().all() for p in after)
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_entries_are_unique_and_in_the_section():
+    made = entries()
+    assert len({(entry.task, entry.name) for entry in made}) == len(made)
+    assert {entry.task for entry in made} == set(sections()[0].tasks)
