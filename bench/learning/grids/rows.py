@@ -117,6 +117,7 @@ def sections() -> list[Section]:
         "a2c/traces",
         "a2c/sil",
         "a2c/best",
+        "a2c/bonus_sil",
         "a2c/past",
         "a2c/plain",
         "dqn/traces",
@@ -135,7 +136,7 @@ def sections() -> list[Section]:
             "Data in short fragments",
             tuple(task.name for task in FRAGMENTS),
             references,
-            in_readme=("a2c/traces", "a2c/past", "a2c/plain"),
+            in_readme=("a2c/traces", "a2c/past", "a2c/sil", "a2c/plain"),
         ),
         Section(
             "growth",
