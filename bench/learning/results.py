@@ -126,8 +126,14 @@ def in_readme(
         for task in section.tasks:
             some = [row for row in rows.get(task, ()) if row.entry.name in section.in_readme]
             if some:
-                parts += [f"{section.title}, `{task}`:", "", table(some, section), ""]
+                parts += [f"{section.title}, `{task}`:", "", _brief(table(some, section)), ""]
     return "\n".join(parts).strip()
+
+
+def _brief(table: str) -> str:
+    """Keep of a table what the README has room for: the first columns but the IQM."""
+    rows = [line.split("|") for line in table.splitlines()]
+    return "\n".join("|".join(["", row[1], row[2], *row[4:6], ""]) for row in rows)
 
 
 def insert(text: str, tables: str) -> str:
