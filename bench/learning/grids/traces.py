@@ -128,7 +128,7 @@ class Traces:
                 self.optimizer.step()
 
     def _set_values(self, data: Rollout) -> None:
-        """Value of a stored transition: its reward, or before the first one how rare its start is."""
+        """Value of a stored transition: its reward, or before the first one how rare its start."""
         if self.settings.start == "known":
             return
         stored = self.buffer.storage[:]
