@@ -171,7 +171,7 @@ class Plan:
             if len(self.templates) >= MAX_TEMPLATES:
                 self.templates.clear()
             self.templates[num_rows, num_steps] = like
-        return Columns(*map(torch.empty_like, like))
+        return tuple.__new__(Columns, map(torch.empty_like, like))
 
 
 def _head(form: dict[str, Any], buffers: dict[str, Tensor]) -> interface.Head:
@@ -265,11 +265,10 @@ def walk(
     if noise is not None:
         noise = TraceNoise(*(x if x is None else x.resolve_neg().contiguous() for x in noise))  # pyright: ignore
         given = [0 if part is None else part.data_ptr() for part in noise[:3]]
-    words = [num_rows, num_traces, num_steps, start.data_ptr(), seed, *given]
-    words += map(Tensor.data_ptr, columns)
-    words += last_visit, plan.instruction_set, 0, 0, 0
-    assert len(words) == len(interface.CALL_FIELDS)
-    call = array(interface.WORD, words)
+    sizes, columns_at = (num_rows, num_traces, num_steps), map(Tensor.data_ptr, columns)
+    options = last_visit, plan.instruction_set, 0, 0, 0
+    call = array(interface.WORD, (*sizes, start.data_ptr(), seed, *given, *columns_at, *options))
+    assert len(call) == len(interface.CALL_FIELDS)
     function, source = plan.library.recall_walk, block
     work = num_rows * num_steps * plan.macs
     if plan.num_evaluations:

@@ -19,12 +19,19 @@ static void normal_action(tile *t, int64_t step) {
     const int squashed = head->kind == HEAD_TANH_NORMAL;
     float *features = t->features + dense_state(t->model) * TILE;
     draw_normals(t, HEAD_ACTION, size, step, t->call->noise_action);
+    /* In two loops: one chain of operations would be too long to overlap with the next. */
+    for (int64_t i = 0; i < size; i++) {
+        for (int lane = 0; lane < t->lanes; lane += LANES) {
+            float *raw = t->output + (size + i) * TILE + lane;
+            v_store(raw, log_scale_of(head, v_load(raw)));
+        }
+    }
     for (int lane = 0; lane < t->lanes; lane += LANES) {
         vf energy = v_set(0.0f), check = v_set(0.0f);
         for (int64_t i = 0; i < size; i++) {
             int64_t at = i * TILE + lane;
             vf loc = v_load(t->output + at), z = v_load(t->noise + at);
-            vf log_scale = log_scale_of(head, v_load(t->output + size * TILE + at));
+            vf log_scale = v_load(t->output + size * TILE + at);
             vf scale = v_exp(log_scale), value = v_fma(scale, z, loc);
             if (squashed) {
                 vf inside = v_max(v_set(-TANH_LIMIT), v_min(v_set(TANH_LIMIT), value));
