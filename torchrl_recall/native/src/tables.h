@@ -196,94 +196,146 @@ typedef struct {
     int count;       /* at most GROUP */
     float *uniforms; /* [steps][3][GROUP] */
     int32_t *path;   /* [steps + 1][GROUP], for last visits; or NULL */
+    uint32_t broken; /* bits */
     int64_t state[GROUP];
-    uint8_t over[GROUP], broken[GROUP];
+    uint8_t over[GROUP];
 } group;
 
-static void draw_group(const group *g, const philox_keys *keys) {
+/* Of given noise an infinite number may be among them: nothing else relies on a range. */
+static void read_group(const group *g) {
     const recall_call *call = g->call;
     for (int64_t step = 0; step < call->num_steps; step++) {
         float *to = g->uniforms + step * 3 * GROUP;
-        if (call->noise_action) {
-            const int64_t at = step * call->num_rows + g->first;
-            for (int i = 0; i < g->count; i++) {
-                to[WORD_ACTION * GROUP + i] = call->noise_action[at + i];
-                to[WORD_DELTA * GROUP + i] = call->noise_delta[at + i];
-                to[WORD_STOP * GROUP + i] = call->noise_stop ? call->noise_stop[at + i] : 0.0f;
-            }
-            continue;
-        }
-        for (int i = 0; i < GROUP; i += LANES) {
-            uint32_t rows[LANES];
-            vi word[4], back = vi_set((uint32_t)(call->num_steps - 1 - step));
-            for (int j = 0; j < LANES; j++) rows[j] = (uint32_t)(g->first + i + j);
-            philox(vi_load(rows), back, HEAD_UNIFORM << 16, keys, word);
-            for (int j = 0; j < 3; j++) v_store(to + j * GROUP + i, uniform(word[j]));
+        const int64_t at = step * call->num_rows + g->first;
+        for (int i = 0; i < GROUP; i++) {
+            const int64_t from = at + (i < g->count ? i : 0);
+            to[WORD_ACTION * GROUP + i] = call->noise_action[from];
+            to[WORD_DELTA * GROUP + i] = call->noise_delta[from];
+            to[WORD_STOP * GROUP + i] = call->noise_stop ? call->noise_stop[from] : 0.0f;
         }
     }
 }
 
-/* Draws an action and a change for each trace of the group: their places in the tables. The two
- * strides, of cumulative shares, may be constants that the compiler knows. */
+NOINLINE void draw_group(const group *g, const philox_keys *keys) {
+    const int64_t num_steps = g->call->num_steps;
+    for (int i = 0; i < GROUP; i += LANES) {
+        const vi row = vi_from((uint32_t)(g->first + i));
+        for (int64_t step = 0; step < num_steps; step++) {
+            float *to = g->uniforms + step * 3 * GROUP + i;
+            vi word[4], back = vi_set((uint32_t)(num_steps - 1 - step));
+            philox(row, back, HEAD_UNIFORM << 16, keys, word);
+            for (int j = 0; j < 3; j++) v_store(to + j * GROUP, uniform(word[j]));
+        }
+    }
+}
+
+/* What a step of the group draws: classes, where they are in the tables, and what is found there. */
+typedef struct {
+    int64_t action[GROUP], pair[GROUP], change[GROUP];
+    float action_log_prob[GROUP], delta_log_prob[GROUP];
+} choice;
+
+/* Draws an action and a change for each trace of the group. The two strides, of cumulative shares,
+ * may be constants that the compiler knows. */
 INLINE void choose_step(const group *g, const float *uniforms, int64_t action_stride,
-                        int64_t delta_stride, int64_t *pair, int64_t *delta) {
+                        int64_t delta_stride, choice *to) {
     const tables from = *g->from;
-    for (int i = 0; i < g->count; i++) {
+    for (int i = 0; i < GROUP; i++) {
         const int64_t s = g->state[i];
-        pair[i] = s * from.num_actions +
-                  look_up(from.action_cumulative + s * action_stride, from.num_actions,
-                          action_stride, from.action_total[s], uniforms[WORD_ACTION * GROUP + i]);
+        const int64_t action =
+            look_up(from.action_cumulative + s * action_stride, from.num_actions, action_stride,
+                    from.action_total[s], uniforms[WORD_ACTION * GROUP + i]);
+        to->action[i] = action;
+        to->pair[i] = s * from.num_actions + action;
     }
-    for (int i = 0; i < g->count; i++)
-        delta[i] = look_up(from.delta_cumulative + pair[i] * delta_stride, from.num_deltas,
-                           delta_stride, from.delta_total[pair[i]],
-                           uniforms[WORD_DELTA * GROUP + i]);
+    for (int i = 0; i < GROUP; i++)
+        to->change[i] = look_up(from.delta_cumulative + to->pair[i] * delta_stride, from.num_deltas,
+                                delta_stride, from.delta_total[to->pair[i]],
+                                uniforms[WORD_DELTA * GROUP + i]);
 }
 
-/* Writes what was drawn, and takes the group there. */
-INLINE void write_choice(group *g, int64_t step, const float *uniforms, int64_t size,
-                         const int64_t *pair, const int64_t *delta) {
-    /* Copies of their own: writes to the outputs could else change what is read through pointers. */
+/* Looks up what was drawn, notes what ends a trace, and takes the group there. */
+INLINE void go_to(group *g, const float *uniforms, choice *to) {
     const tables from = *g->from;
-    const recall_call call = *g->call;
-    int64_t *const state = call.state, *const next_state = call.next_state;
-    int64_t *const actions = call.action;
-    for (int i = 0; i < g->count; i++) {
-        const int64_t s = g->state[i], at = (g->first + i) * call.num_steps + step;
-        const int64_t before = from.predecessor[s * from.num_deltas + delta[i]];
-        const float action_log_prob = from.action_log_prob[pair[i]];
-        const float delta_log_prob = from.delta_log_prob[pair[i] * from.num_deltas + delta[i]];
-        const int64_t *coordinates = from.coordinates + before * size;
-        int over = g->over[i] | from.dead_end[s], broken = g->broken[i];
-        if (from.stop) over |= !(from.stop[s] <= uniforms[WORD_STOP * GROUP + i]);
-        broken |= !(action_log_prob * 0.0f + delta_log_prob * 0.0f == 0.0f);
-        g->state[i] = before;
-        g->over[i] = (uint8_t)over;
-        g->broken[i] = (uint8_t)broken;
-        if (broken)
-            coordinates = (const int64_t *)call.start + (g->first + i) / call.num_traces * size;
-        for (int64_t j = 0; j < size; j++) state[at * size + j] = coordinates[j];
-        if (step) {
-            for (int64_t j = 0; j < size; j++) next_state[(at - 1) * size + j] = coordinates[j];
-        }
-        actions[at] = pair[i] - s * from.num_actions;
-        call.action_log_prob[at] = broken ? 0.0f : action_log_prob;
-        call.delta_log_prob[at] = broken ? 0.0f : delta_log_prob;
-        call.mask[at] = !(over | broken);
+    if (g->model->has_dead_ends) {
+        for (int i = 0; i < GROUP; i++) g->over[i] |= from.dead_end[g->state[i]];
+    }
+    if (from.stop) {
+        for (int i = 0; i < GROUP; i++)
+            g->over[i] |= !(from.stop[g->state[i]] <= uniforms[WORD_STOP * GROUP + i]);
+    }
+    for (int i = 0; i < GROUP; i++) {
+        const int64_t pair = to->pair[i], change = to->change[i];
+        to->action_log_prob[i] = from.action_log_prob[pair];
+        to->delta_log_prob[i] = from.delta_log_prob[pair * from.num_deltas + change];
+        g->state[i] = from.predecessor[g->state[i] * from.num_deltas + change];
     }
 }
 
-/* Takes the group one step back: in short loops, so that many traces are in flight at a time. */
-static void step_back(group *g, int64_t step) {
+/* Writes a step of the group: the states that it came to, and what led back there. */
+INLINE void write_group(const group *g, int64_t step, int64_t size, const choice *drawn) {
+    /* Copies of their own: writes to the outputs could else change what is read through pointers. */
+    const recall_call call = *g->call;
+    const int64_t *const coordinates = g->from->coordinates;
+    const int64_t num_steps = call.num_steps, first = g->first * num_steps + step;
+    const int count = g->count;
+    int64_t *state = (int64_t *)call.state + first * size;
+    /* At the last one the same place once more. */
+    int64_t *next = step ? (int64_t *)call.next_state + (first - 1) * size : state;
+    for (int i = 0; i < count; i++, state += num_steps * size, next += num_steps * size) {
+        const int64_t *at = coordinates + g->state[i] * size;
+        memcpy(state, at, (size_t)size * sizeof *at);
+        memcpy(next, at, (size_t)size * sizeof *at);
+    }
+    int64_t *const action = (int64_t *)call.action + first;
+    float *const action_log_prob = call.action_log_prob + first;
+    float *const delta_log_prob = call.delta_log_prob + first;
+    uint8_t *const mask = call.mask + first;
+    for (int i = 0; i < count; i++) {
+        action[i * num_steps] = drawn->action[i];
+        action_log_prob[i * num_steps] = drawn->action_log_prob[i];
+        delta_log_prob[i * num_steps] = drawn->delta_log_prob[i];
+        mask[i * num_steps] = !g->over[i];
+    }
+}
+
+/* Notes which traces have left the numbers, and mends what such a one has written. */
+INLINE void mend_broken(group *g, int64_t step, int64_t size, const choice *drawn) {
+    for (int i = 0; i < GROUP; i += LANES) {
+        const vf zero = v_set(0.0f);
+        const vf sum = v_add(v_mul(v_load(drawn->action_log_prob + i), zero),
+                             v_mul(v_load(drawn->delta_log_prob + i), zero));
+        const uint32_t good = vm_bits(v_eq(sum, zero));
+        g->broken |= (~good & ((1u << LANES) - 1)) << i;
+    }
+    const recall_call *call = g->call;
+    for (int i = 0; g->broken && i < g->count; i++) {
+        if (!(g->broken >> i & 1)) continue;
+        const int64_t row = g->first + i, here = row * call->num_steps + step;
+        const int64_t *start = (const int64_t *)call->start + row / call->num_traces * size;
+        for (int64_t j = 0; j < size; j++) {
+            ((int64_t *)call->state)[here * size + j] = start[j];
+            if (step) ((int64_t *)call->next_state)[(here - 1) * size + j] = start[j];
+        }
+        call->action_log_prob[here] = call->delta_log_prob[here] = 0.0f;
+        call->mask[here] = 0;
+    }
+}
+
+/* Takes the group one step back: in short loops, so that many traces are in flight at a time. Out
+ * of line: as part of a longer function it takes a third longer. */
+NOINLINE void step_back(group *g, int64_t step) {
     const int64_t size = g->model->state_size;
     const int64_t action_stride = g->from->action_stride, delta_stride = g->from->delta_stride;
     const float *uniforms = g->uniforms + step * 3 * GROUP;
-    int64_t pair[GROUP], delta[GROUP];
+    choice drawn;
     if (action_stride == COUNTED && delta_stride == COUNTED)
-        choose_step(g, uniforms, COUNTED, COUNTED, pair, delta);
-    else choose_step(g, uniforms, action_stride, delta_stride, pair, delta);
-    if (size == 2) write_choice(g, step, uniforms, 2, pair, delta); /* a grid */
-    else write_choice(g, step, uniforms, size, pair, delta);
+        choose_step(g, uniforms, COUNTED, COUNTED, &drawn);
+    else choose_step(g, uniforms, action_stride, delta_stride, &drawn);
+    go_to(g, uniforms, &drawn);
+    if (size == 2) write_group(g, step, 2, &drawn); /* a grid */
+    else write_group(g, step, size, &drawn);
+    mend_broken(g, step, size, &drawn);
 }
 
 /* Masks steps whose state comes again later. */
@@ -306,7 +358,9 @@ static int64_t walk_group(group *g, const philox_keys *keys, int64_t *seen) {
     const recall_model *m = g->model;
     const recall_call *call = g->call;
     const int64_t size = m->state_size, last = call->num_steps - 1;
-    int64_t finite = 0;
+    g->broken = 0;
+    memset(g->over, 0, sizeof g->over);
+    memset(g->state, 0, sizeof g->state); /* beyond the group's traces, too */
     for (int i = 0; i < g->count; i++) {
         const int64_t row = g->first + i;
         const int64_t *start = (const int64_t *)call->start + row / call->num_traces * size;
@@ -316,20 +370,19 @@ static int64_t walk_group(group *g, const philox_keys *keys, int64_t *seen) {
             s = s * m->cardinality[j] + start[j];
         }
         g->state[i] = s;
-        g->over[i] = g->broken[i] = 0;
         memcpy((int64_t *)call->next_state + (row * call->num_steps + last) * size, start,
                (size_t)size * sizeof *start);
         if (g->path) g->path[(last + 1) * GROUP + i] = (int32_t)s;
     }
-    draw_group(g, keys);
+    if (call->noise_action) read_group(g);
+    else draw_group(g, keys);
+    int64_t finite = g->count;
     for (int64_t step = last; step >= 0; step--) {
         step_back(g, step);
         if (g->path) {
             for (int i = 0; i < g->count; i++) g->path[step * GROUP + i] = (int32_t)g->state[i];
         }
-        if (step == last) {
-            for (int i = 0; i < g->count; i++) finite += !g->broken[i];
-        }
+        if (step == last) finite -= count_bits(g->broken & (uint32_t)((1ull << g->count) - 1));
     }
     if (g->path) mask_visits(g, seen);
     return finite;
@@ -339,7 +392,7 @@ int64_t NAME(recall_look_up)(const recall_model *model, const void *memory, reca
 int64_t NAME(recall_look_up)(const recall_model *model, const void *memory, recall_call *call) {
     tables from;
     philox_keys keys;
-    group g = {model, &from, call, 0, 0, NULL, NULL, {0}, {0}, {0}};
+    group g = {model, &from, call, 0, 0, NULL, NULL, 0, {0}, {0}};
     const size_t steps = (size_t)call->num_steps;
     int64_t *seen = NULL, status = OK;
     tables_layout(model, (void *)memory, &from);

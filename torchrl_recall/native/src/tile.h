@@ -91,11 +91,7 @@ static int open_tile(tile *t) {
 
 /* ---- random numbers ---- */
 
-INLINE vi rows_of(const tile *t, int lane) {
-    uint32_t row[LANES];
-    for (int i = 0; i < LANES; i++) row[i] = (uint32_t)(t->first + lane + i);
-    return vi_load(row);
-}
+INLINE vi rows_of(const tile *t, int lane) { return vi_from((uint32_t)(t->first + lane)); }
 
 /* Noise that was given, [T, rows, size], as rows of the tile. */
 static void read_noise(tile *t, const float *given, int64_t size, int64_t step) {
