@@ -19,6 +19,7 @@ from torch import Tensor
 
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.native import interface
+from torchrl_recall.traces import large_columns
 from torchrl_recall.traces.columns import BadStart, Columns, NoFirstStep
 from torchrl_recall.traces.layout import (
     Watch,
@@ -78,6 +79,7 @@ class Plan:
         self.described = self._describe(form, named)
         self.address = ctypes.addressof(self.described)
         self.block = self._pack()
+        self.state_bytes = self.form.state_size * (8 if self.form.is_discrete else 4)
         self.templates: dict[tuple[int, int], Columns] = {}
         # The tables, beside the packed values that they were made of.
         self.tables: tuple[Tensor, Tensor] | None = None
@@ -171,7 +173,9 @@ class Plan:
             if len(self.templates) >= MAX_TEMPLATES:
                 self.templates.clear()
             self.templates[num_rows, num_steps] = like
-        return tuple.__new__(Columns, map(torch.empty_like, like))
+        is_large = num_rows * num_steps * self.state_bytes >= large_columns.SMALLEST
+        empty_like = large_columns.empty_like if is_large else torch.empty_like
+        return tuple.__new__(Columns, map(empty_like, like))
 
 
 def _head(form: dict[str, Any], buffers: dict[str, Tensor]) -> interface.Head:
