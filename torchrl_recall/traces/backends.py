@@ -187,7 +187,7 @@ _seeds = _Seeds()
 def _natively(request: Request, plan: native.Plan) -> Columns:
     seed = 0
     if request.noise is None:
-        seed = _seeds.place.random_(generator=request.generator).item()
+        seed = int(_seeds.place.random_(generator=request.generator))
     return native.walk(
         plan,
         request.start,

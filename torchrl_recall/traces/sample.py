@@ -209,9 +209,10 @@ def _flat(data: dict[Any, Any], shape: torch.Size, device: torch.device) -> Tens
 
 # Whether these are all that a TensorDict's own constructor sets, and as simple as they look.
 _EMPTY = TensorDict._new_unsafe({}, batch_size=torch.Size([])).__dict__
-_IS_PLAIN = _EMPTY == {
+_PLAIN = {
     "_tensordict": {},
     "_batch_size": torch.Size([]),
     "_device": None,
     "_td_dim_names": None,
-} and isinstance(_EMPTY["_tensordict"], dict)
+}
+_IS_PLAIN = _EMPTY == _PLAIN and type(_EMPTY["_tensordict"]) is dict
