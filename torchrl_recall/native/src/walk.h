@@ -1,6 +1,6 @@
 /* The walk itself, compiled once for each instruction set; NAME gives its functions their names. */
 #include "mixture.h"
-#include "tables.h"
+#include "look_up.h"
 
 /* Reads the starts of a tile; returns whether all of them are states. */
 static int enter(tile *t) {
