@@ -35,6 +35,10 @@ class Guide(Protocol):
         """Return what is added to the host's loss at a gradient step."""
         ...
 
+    def finish(self) -> None:
+        """Do what comes after the host has learnt from the rollout."""
+        ...
+
 
 class Scaled(nn.Module):
     """A network of the concatenated observations, shifted and scaled."""
@@ -126,6 +130,7 @@ class PPO:
         self.iterations = self.budget // frames
         self.history = History(frames * self.iterations, self._stored_keys())
         self.log: dict[str, list[float]] = {}
+        self.gradient_steps = 0  # of the policy
         self.guide = None if make_guide is None else make_guide(self)
 
     def _stored_keys(self) -> tuple[str, ...]:
@@ -149,6 +154,7 @@ class PPO:
                 steps.append(iteration * frames)
                 score.append(self.evaluate())
                 seconds.append(round(watch, 3))
+        self.note("gradient_steps", self.gradient_steps)
         solved = [at for at, value in zip(steps, score, strict=True) if value >= SOLVED]
         return {
             "steps": steps,
@@ -165,6 +171,8 @@ class PPO:
         if self.guide is not None:
             self.guide.update(data)
         self._learn(data)
+        if self.guide is not None:
+            self.guide.finish()
 
     @torch.no_grad()
     def _collect(self) -> TensorDictBase:
@@ -194,6 +202,7 @@ class PPO:
                 total.backward()
                 nn.utils.clip_grad_norm_(self.ppo_loss.parameters(), s.max_grad_norm)
                 self.optimizer.step()
+                self.gradient_steps += 1
 
     @torch.no_grad()
     def evaluate(self) -> float:

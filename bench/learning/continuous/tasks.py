@@ -11,6 +11,7 @@ from torchrl.envs import EnvBase
 
 from bench.learning.continuous.half_cheetah import SparseHalfCheetahEnv
 from bench.learning.continuous.mountain_car import SparseMountainCarEnv
+from bench.learning.continuous.point_maze_robotics import RoboticsPointMazeEnv
 from torchrl_recall.envs import PointMazeEnv
 
 
@@ -46,7 +47,7 @@ class Task:
             before the networks.
         critic_keys: what the critic reads; empty is the same.
         rarity_keys: on which keys the frontier is measured; empty is all of them.
-        recall: what is changed of `RecallSettings`.
+        tuned: of controls, by variant, the options tuned for this task; traces have one recipe.
         variants: the rows that are run.
         mujoco: whether MuJoCo makes it, where fewer seeds are run.
         score: ``"success"``, share of episodes with success; ``"reward"``, reward of an episode
@@ -64,7 +65,7 @@ class Task:
     num_tests: int = 32
     rarity_keys: tuple[str, ...] = ()
     score: str = "success"
-    recall: dict[str, Any] = field(default_factory=dict)
+    tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
     variants: tuple[str, ...] = ("plain", "traces", "real_past", "sil", "count", "best")
     mujoco: bool = False
     ppo: PPOSettings = field(default_factory=PPOSettings)
@@ -94,6 +95,11 @@ def make_cheetah(count: int, seed: int, **options: Any) -> SparseHalfCheetahEnv:
     return SparseHalfCheetahEnv((count,), seed=seed, **options)
 
 
+def make_point(count: int, seed: int, **options: Any) -> RoboticsPointMazeEnv:
+    """Return ``count`` points in a maze of gymnasium-robotics."""
+    return RoboticsPointMazeEnv((count,), seed=seed, **options)
+
+
 def _maze_task(name: str, budget: int, maze: Any, height: int, width: int, **options: Any) -> Task:
     maze_options = {"maze": maze, "step_size": 0.25} | options.pop("maze_options")
     return Task(
@@ -105,6 +111,19 @@ def _maze_task(name: str, budget: int, maze: Any, height: int, width: int, **opt
         **options,
     )
 
+
+ROOMS = (
+    "#########",
+    "#   #  G#",
+    "#       #",
+    "#   #   #",
+    "## ### ##",
+    "#   #   #",
+    "#       #",
+    "#S  #   #",
+    "#########",
+)
+OPEN = ("#####", "#  G#", "#   #", "#S  #", "#####")
 
 TASKS = {
     task.name: task
@@ -118,16 +137,36 @@ TASKS = {
             5,
             maze_options={"max_steps": 5, "start": "any"},
             test=partial(make_maze, maze="u", step_size=0.25, max_steps=60),
-            # Goals are found at once: long traces, to where fragments do not begin.
-            recall={"trace_steps": 100, "imitation_coeff": 1.0},
             variants=("plain", "traces", "real_past", "sil"),
         ),
+        _maze_task(
+            "fragments_noise",
+            40_960,
+            "u",
+            5,
+            5,
+            maze_options={"max_steps": 5, "start": "any", "noise": 0.3},
+            test=partial(make_maze, maze="u", step_size=0.25, max_steps=60, noise=0.3),
+        ),
+        _maze_task("rooms", 61_440, ROOMS, 9, 9, maze_options={"max_steps": 120}),
+        _maze_task("u_maze_any", 40_960, "u", 5, 5, maze_options={"max_steps": 60, "start": "any"}),
+        _maze_task("open", 40_960, OPEN, 5, 5, maze_options={"max_steps": 60}),
         Task(
             name="mountain_car",
             make=make_car,
             budget=65_536,
             keys=("observation",),
             inputs={"observation": ((-0.3, 0.0), (0.9, 0.07))},
+            ppo=PPOSettings(num_envs=16, rollout_steps=128, gamma=0.99, minibatch=512),
+        ),
+        Task(
+            name="point_maze",
+            make=make_point,
+            budget=98_304,
+            keys=("observation",),
+            inputs={"observation": ((0.0,) * 4, (2.0, 2.0, 5.0, 5.0))},
+            mujoco=True,
+            num_tests=16,
             ppo=PPOSettings(num_envs=16, rollout_steps=128, gamma=0.99, minibatch=512),
         ),
         Task(
@@ -144,7 +183,6 @@ TASKS = {
             rarity_keys=("position",),
             score="reward",
             mujoco=True,
-            recall={"support_cell": None, "trace_steps": 15, "hold": 1, "imitation_coeff": 0.03},
             variants=("plain", "traces", "real_past", "sil", "count"),
             num_tests=16,
             ppo=PPOSettings(num_envs=16, rollout_steps=128, gamma=0.99, minibatch=512),
