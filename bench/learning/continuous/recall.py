@@ -23,7 +23,7 @@ class RecallSettings:
     """Numbers of recall traces and of their control, the real past."""
 
     num_traces: int = 32
-    trace_steps: int = 40
+    trace_steps: int = 60
     model_steps: int = 4
     model_batch: int = 512
     model_cells: int = 64
@@ -34,7 +34,7 @@ class RecallSettings:
     imitation_steps: int = 12  # after each update of the host
     imitation_batch: int = 256
     imitation_rate: float = 3e-3
-    gate: str = "relative"
+    gate: bool = True  # steps count by what the critic does not expect yet
     num_choices: int = 4  # rewarded states, of which the best starts a trace
     hold: int = 2
     radius: float = 0.25  # of last visit, in standard deviations
@@ -200,15 +200,14 @@ class RecallTraces:
     @torch.no_grad()
     def _weight(self, trace: TensorDictBase) -> Tensor:
         """Return how much each step counts, ``[B, T]``."""
-        if self.settings.frontier and not self.starts.found:
+        before_reward = self.settings.frontier and not self.starts.found
+        if before_reward or not self.settings.gate:
             return torch.ones(trace.shape)
         gamma, reached = self.host.settings.gamma, self.rewarded.reached
         assert reached is not None
         before = returns_along(reached, trace.shape[-1] - 1, gamma)
         promised = torch.cat([before, reached.unsqueeze(-1)], -1)
         value = self.host.critic(trace.select(*self.host.critic_keys))["state_value"][..., 0]
-        if self.settings.gate == "none":
-            return torch.ones(trace.shape)
         gap = (promised - value).clamp_min(0) / promised.clamp_min(1e-6)
         return gap.clamp_max(1.0)
 
