@@ -10,12 +10,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
-from torchrl.modules import ProbabilisticActor, TanhNormal
-from torchrl.objectives import ClipPPOLoss
-from torchrl.objectives.value import GAE
 
 from bench.learning.continuous.history import History
 from bench.learning.continuous.tasks import Task
+from bench.learning.ppo_parts import make_ppo
 
 # Far from every training seed, so that evaluation shares no draws with any of them.
 EVALUATION_SEED = 1_000_003
@@ -109,23 +107,14 @@ class PPO:
             with torch.no_grad():
                 head.weight *= 0.01
                 head.bias.zero_()
-        self.actor = ProbabilisticActor(
-            TensorDictModule(policy, list(task.keys), ["loc", "scale"]),
-            in_keys=["loc", "scale"],
-            distribution_class=TanhNormal,
-            return_log_prob=True,
-        )
         self.critic = TensorDictModule(value, list(self.critic_keys), ["state_value"])
-        self.advantage = GAE(gamma=s.gamma, lmbda=s.lmbda, value_network=self.critic)
-        self.ppo_loss = ClipPPOLoss(
-            self.actor,
+        self.actor, self.advantage, self.ppo_loss, self.optimizer = make_ppo(
+            TensorDictModule(policy, list(task.keys), ["loc", "scale"]),
             self.critic,
-            clip_epsilon=s.clip,
-            entropy_coeff=s.entropy_coeff,
+            s,
             # Where there is no reward yet, normalised advantages are noise, blown up.
             normalize_advantage=False,
         )
-        self.optimizer = torch.optim.Adam(self.ppo_loss.parameters(), lr=s.learning_rate)
         frames = s.num_envs * s.rollout_steps
         self.iterations = self.budget // frames
         self.history = History(frames * self.iterations, self._stored_keys())

@@ -12,24 +12,16 @@ from torchrl.envs import EnvBase
 from bench.learning.continuous.half_cheetah import SparseHalfCheetahEnv
 from bench.learning.continuous.mountain_car import SparseMountainCarEnv
 from bench.learning.continuous.point_maze_robotics import RoboticsPointMazeEnv
+from bench.learning.ppo_parts import PPONumbers
 from torchrl_recall.envs import PointMazeEnv
 
 
 @dataclass(frozen=True)
-class PPOSettings:
+class PPOSettings(PPONumbers):
     """Numbers of the PPO host, the same for all its variants."""
 
-    num_envs: int = 64
-    rollout_steps: int = 32
-    num_cells: int = 64
     learning_rate: float = 3e-3
-    gamma: float = 0.98
-    lmbda: float = 0.95
-    epochs: int = 4
-    minibatch: int = 1024
-    clip: float = 0.2
     entropy_coeff: float = 1e-3
-    max_grad_norm: float = 0.5
 
 
 @dataclass(frozen=True)
