@@ -43,11 +43,22 @@ class Variant:
     recalls: bool = False  # its options are those of `RecallSettings`
 
 
+# About half the work in each part; not tuned.
+CHEAP = {
+    "model_steps": 2,
+    "first_model_steps": 30,
+    "trace_steps": 40,
+    "num_candidates": 2,
+    "num_references": 256,
+    "imitation_steps": 6,
+    "imitation_rate": 6e-3,
+}
 VARIANTS = {
     variant.name: variant
     for variant in (
         Variant("plain", "PPO", None, {}),
         Variant("traces", "PPO + recall traces", RecallTraces, {}, recalls=True),
+        Variant("cheap", "PPO + recall traces, half the work", RecallTraces, CHEAP, recalls=True),
         Variant("real_past", "PPO + real past of the same states", RealPast, {}, recalls=True),
         Variant("sil", "PPO + SIL", SelfImitation, {}),
         Variant("best", "PPO + best real trajectories", BestTrajectories, {}),
