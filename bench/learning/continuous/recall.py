@@ -50,6 +50,7 @@ class RewardedStarts:
 
     def __init__(self, history: History) -> None:
         self.history = history
+        self.drawn: Tensor | None = None  # rows of the last call
 
     def rows(self, count: int, generator: torch.Generator) -> Tensor | None:
         """Draw rows whose step was rewarded; None: there are none."""
@@ -59,7 +60,7 @@ class RewardedStarts:
         return found[torch.randint(len(found), (count,), generator=generator)]
 
     def __call__(self, tensordict: TensorDictBase, generator: torch.Generator) -> TensorDictBase:
-        rows = self.rows(tensordict.shape.numel(), generator)
+        rows = self.drawn = self.rows(tensordict.shape.numel(), generator)
         any_row = torch.zeros(tensordict.shape, dtype=torch.int64) if rows is None else rows
         states: Any = self.history.data["next"]
         after = states.select(*self.history.keys)[any_row]
