@@ -159,7 +159,7 @@ class OffPolicy:
 
     def _make_networks(self, size: int) -> None:
         task, s = self.task, self.settings
-        keys = list(task.keys)
+        keys: list[Any] = list(task.keys)
         value = TensorDictModule(
             QNetwork(task, self.critic_keys, s.num_cells, size),
             [*self.critic_keys, "action"],

@@ -81,7 +81,7 @@ class DelayedReward(Transform):
             tensordict_reset[name] = fresh
         return tensordict_reset
 
-    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+    def transform_observation_spec(self, observation_spec: Any) -> Composite:
         """Add what is carried."""
         parent: Any = self.parent
         shape = parent.reward_spec.shape

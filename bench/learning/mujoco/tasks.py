@@ -14,15 +14,15 @@ from bench.learning.mujoco.rewards import DelayedReward, DistanceReward
 BUDGET = 100_352  # 49 rollouts of PPO
 MAX_STEPS = 500
 EVALUATE_EVERY = 5
-# Of each body: numbers of the observation that are positions, those that are velocities, and what
-# a step earns at most, roughly, at which the score's range ends.
+# Of each body: numbers of the observation that are positions, those that are velocities, and the
+# score's range, in reward a step: what such budgets give, roughly.
 BODIES = {
-    "HalfCheetah": (8, 9, 8.0),
-    "Hopper": (5, 6, 3.0),
-    "Walker2d": (8, 9, 4.0),
-    "Swimmer": (3, 5, 0.3),
-    "Ant": (13, 14, 4.0),
-    "Humanoid": (22, 23, 6.0),
+    "HalfCheetah": (8, 9, -1.0, 5.0),
+    "Hopper": (5, 6, 0.0, 3.0),
+    "Walker2d": (8, 9, 0.0, 4.0),
+    "Swimmer": (3, 5, -0.1, 0.3),
+    "Ant": (13, 14, -1.0, 3.0),
+    "Humanoid": (22, 23, 0.0, 6.0),
 }
 DENSE = ("half_cheetah", "hopper", "walker2d", "swimmer", "ant", "humanoid")
 NAMES = dict(zip(DENSE, BODIES, strict=True))
@@ -60,7 +60,7 @@ def make(
 
 
 def _task(task: str, body: str, reward: str, **options: Any) -> Task:
-    positions, velocities, highest = BODIES[body]
+    positions, velocities, _, highest = BODIES[body]
     sparse = reward == "sparse"
     # Rewards near 1 a step suit the hosts' learning rates; the score is of the reward itself.
     scale = {} if sparse else {"reward_scale": round(1 / highest, 4)}
@@ -112,6 +112,6 @@ TASKS = {
 
 
 def score_range(task: Task) -> tuple[float, float]:
-    """Return the range of a task's score, the mean reward of a step; lower scores count as 0."""
+    """Return the range of a task's score, the mean reward of a step; beyond it, its end counts."""
     options: dict[str, Any] = getattr(task.make, "keywords", {})
-    return (0.0, 1.0 if options["reward"] == "sparse" else BODIES[options["name"]][2])
+    return (0.0, 1.0) if options["reward"] == "sparse" else BODIES[options["name"]][2:]
