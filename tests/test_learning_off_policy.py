@@ -200,7 +200,7 @@ ROWS = [(name, "sac", v) for name, task in OFF_POLICY_TASKS.items() for v in tas
     [*ROWS, ("u_maze", "td3", "traces"), ("u_maze", "sac", "real_past"), ("u_maze", "sac", "sil")],
 )
 def test_rows_train(task_name: str, algorithm: str, variant_name: str):
-    if TASKS[task_name].mujoco:
+    if OFF_POLICY_TASKS[task_name].task.mujoco:
         pytest.importorskip("mujoco")
     row, variant = OFF_POLICY_TASKS[task_name], VARIANTS[variant_name]
     options = settings_of(row, variant)

@@ -39,7 +39,7 @@ class OffPolicySettings:
     tau: float = 0.02
     alpha_init: float = 0.05
     first_steps: int = 1024  # before the first update
-    guide_every: int = 1024  # steps from one update of what a variant adds to the next
+    guide_every: int = 512  # steps from one update of what a variant adds to the next
     noise: float = 0.5  # of TD3's exploration, before tanh
     actor_every: int = 2  # TD3: critic updates to one of the actor
 

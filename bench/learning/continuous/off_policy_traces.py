@@ -35,16 +35,16 @@ class ReplayRecallSettings:
 
     num_traces: int = 32
     trace_steps: int = 40
-    model_steps: int = 12
+    model_steps: int = 8
     model_batch: int = 512
     model_cells: int = 64
     model_rate: float = 3e-3
     lowest_log_scale: float = -3.0  # of a change of state, in standard deviations
     first_model_steps: int = 100  # at the first update, beside the others
     even_cell: float = 0.1  # rows are drawn evenly over visited cells, in units of the inputs
-    imitation_coeff: float = 0.1
+    imitation_coeff: float = 1.0
     imitation_batch: int = 256
-    hold: int = 2
+    hold: int = 4
     num_targets: int = 4
     radius: float = 0.25  # of last visit, in standard deviations
     support: bool = True
