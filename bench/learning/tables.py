@@ -57,6 +57,14 @@ class Row:
         """How long the runs took."""
         return np.array([run["seconds"][-1] for run in self.runs])
 
+    @property
+    def gradient_steps(self) -> str:
+        """Mean of the gradient steps that the policy took; empty if no run has logged them."""
+        logged = [
+            run["log"]["gradient_steps"] for run in self.runs if "gradient_steps" in run["log"]
+        ]
+        return f"{np.mean(np.ravel(logged)):,.0f}" if logged else ""
+
     def shares(self, run: dict[str, Any]) -> Array:
         """Return a run's scores as shares of the score's range."""
         low, high = self.entry.definition.get("score_range", (0.0, 1.0))
@@ -82,7 +90,7 @@ def table(rows: Sequence[Row], section: Section) -> str:
         head = (
             "| | area under curve, IQM [95 %] | − reference [95 %] | P(better than reference) "
             "[95 %] | final score, IQM [95 %] | − reference [95 %] | solved | steps to solve, mean "
-            "| s/run |"
+            "| policy's gradient steps | s/run |"
         )
         lines = [_area_line(row, reference_of(row, rows, section)) for row in rows]
     return "\n".join([head, "|---" * head.count(" | ") + "|---|", *lines])
@@ -133,6 +141,7 @@ def _area_line(row: Row, reference: Row | None) -> str:
         by_final,
         f"{row.num_solved}/{len(row.runs)}",
         f"{row.costs.mean():,.0f}",
+        row.gradient_steps,
         f"{row.seconds.mean():.1f}",
     )
     return "| " + " | ".join(cells) + " |"
