@@ -16,7 +16,7 @@ from bench.learning.continuous.off_policy_traces import (
     ReplayRecallSettings,
     ReplayTraces,
 )
-from bench.learning.continuous.tasks import TASKS, Task, make_maze
+from bench.learning.continuous.tasks import TASKS, Task
 from bench.learning.entry import Entry
 from bench.learning.suite import Section
 
@@ -59,17 +59,12 @@ class OffPolicyTask:
 
 
 LONG = OffPolicySettings(gamma=0.99)  # where reward is further away
-U_MAZE_ANY = replace(
-    TASKS["u_maze"],
-    name="u_maze_any",
-    make=partial(make_maze, maze="u", step_size=0.25, max_steps=60, start="any"),
-)
 OFF_POLICY_TASKS = {
     task.task.name: task
     for task in (
         OffPolicyTask(replace(TASKS["mountain_car"], evaluate_every=1), 12_288, LONG),
         OffPolicyTask(replace(TASKS["u_maze"], evaluate_every=1), 20_480),
-        OffPolicyTask(replace(U_MAZE_ANY, evaluate_every=1), 12_288),
+        OffPolicyTask(replace(TASKS["u_maze_any"], evaluate_every=1), 12_288),
         OffPolicyTask(replace(TASKS["half_cheetah"], evaluate_every=2), 24_576, LONG),
     )
 }
