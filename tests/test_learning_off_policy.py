@@ -197,7 +197,13 @@ ROWS = [(name, "sac", v) for name, task in OFF_POLICY_TASKS.items() for v in tas
 
 @pytest.mark.parametrize(
     ("task_name", "algorithm", "variant_name"),
-    [*ROWS, ("u_maze", "td3", "traces"), ("u_maze", "sac", "real_past"), ("u_maze", "sac", "sil")],
+    [
+        *ROWS,
+        ("u_maze", "td3", "per"),
+        ("half_cheetah", "td3", "traces"),
+        ("u_maze", "sac", "real_past"),
+        ("u_maze", "sac", "sil"),
+    ],
 )
 def test_rows_train(task_name: str, algorithm: str, variant_name: str):
     if OFF_POLICY_TASKS[task_name].task.mujoco:

@@ -76,14 +76,22 @@ class QNetwork(nn.Module):
 
 
 class Deterministic(nn.Module):
-    """A Gaussian's parameters turned into TD3's action, before or after its noise."""
+    """TD3's action, or with noise its location and scale before tanh.
 
-    def __init__(self, network: nn.Module, noise: float | None = None) -> None:
+    Args:
+        network: reads the first of the observations, as many as there are keys.
+        keys: the policy's.
+        noise: standard deviation before tanh.
+    """
+
+    def __init__(
+        self, network: nn.Module, keys: tuple[str, ...], noise: float | None = None
+    ) -> None:
         super().__init__()
-        self.network, self.noise = network, noise
+        self.network, self.keys, self.noise = network, keys, noise
 
     def forward(self, *observations: Tensor) -> Any:
-        loc = self.network(*observations)
+        loc = self.network(*observations[: len(self.keys)])
         return torch.tanh(loc) if self.noise is None else (loc, torch.full_like(loc, self.noise))
 
 
@@ -184,8 +192,10 @@ class OffPolicy:
             )
         else:
             network = Scaled(task, task.keys, s.num_cells, outputs=size)
-            self.policy = Deterministic(network, s.noise)
-            self.actor = TensorDictModule(Deterministic(network), keys, ["action"])
+            self.policy = Deterministic(network, task.keys, s.noise)
+            # TD3Loss hands the critic only what the actor reads, so it reads all and ignores some.
+            read: list[Any] = list(dict.fromkeys([*keys, *self.critic_keys]))
+            self.actor = TensorDictModule(Deterministic(network, task.keys), read, ["action"])
             self.rl_loss = TD3Loss(
                 self.actor, value, num_qvalue_nets=2, action_spec=self.env.action_spec_unbatched
             )
@@ -296,7 +306,7 @@ class OffPolicy:
         """Return the score over one episode of each test: SAC in its own noise, TD3 without."""
         policy = self.policy
         if isinstance(policy, Deterministic):
-            policy = Deterministic(policy.network, 0.0)
+            policy = Deterministic(policy.network, policy.keys, 0.0)
         # The learner's random numbers are not touched.
         with torch.random.fork_rng():
             torch.manual_seed(EVALUATION_SEED)
