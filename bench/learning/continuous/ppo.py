@@ -94,7 +94,8 @@ class PPO:
         self.env = task.make(s.num_envs, seed)
         self.test = (task.test or task.make)(task.num_tests, EVALUATION_SEED)
         env: Any = self.env
-        self.state: TensorDictBase = env._reset()
+        # A transformed environment adds the ends, which no step begins with.
+        self.state: TensorDictBase = env._reset().exclude("done", "terminated", "truncated")
         size = self.env.action_spec.shape[-1]
         self.critic_keys = task.critic_keys or task.keys
         self.policy = policy = Scaled(
