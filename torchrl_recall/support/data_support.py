@@ -64,7 +64,8 @@ class DataSupport:
         cell_size (float, optional): draw references evenly over where the data have been instead of
             as often as they were there: one from each cell of this edge, in standard deviations,
             before ``num_references`` of them are drawn. Data of a learner crowd around its start,
-            and what is rare, such as a frontier, would seldom be among the references.
+            and what is rare, such as a frontier, would seldom be among the references. Each `fit`
+            then reads all of its data: of a large buffer give it a part, each place as often.
         generator (torch.Generator, optional): draws the references, on the CPU. By default an own
             one, seeded from torch's.
 
