@@ -1,84 +1,113 @@
 """Memory of large columns, kept from one walk to the next.
 
-What malloc maps for a large walk goes back to the system after it, and fresh pages cost the next
-one up to a third of its time: they are zeroed, and a virtual machine's host must find them first.
-So columns beyond what malloc keeps by itself lie in blocks that are used again once no tensor does.
+What is mapped for a large walk goes back to the system after it, and fresh pages cost the next one
+up to a third of its time: they are zeroed, and a virtual machine's host must find them first. So
+the two largest columns of a walk lie in memory that is used again once no tensor does.
+
+Memory that lies idle is the system's to take: it stays with the process until another needs it
+(``MADV_FREE``), or until `release_memory`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import weakref
 from collections import deque
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-# Bytes of a column from which on malloc never keeps it (the largest `M_MMAP_THRESHOLD`).
-SMALLEST = 2**25
-# Bytes of all blocks that are kept in mind: two walks of 8192 traces of 32 steps of 111 numbers.
-# Beyond that, memory goes back to the system with its last tensor, as ever.
-MOST = 2**29
+# Bytes of a column from which on malloc never keeps it (the largest `M_MMAP_THRESHOLD`), and up to
+# which it is kept here: 8192 traces of 32 steps of 111 numbers take 116 million.
+SMALLEST, LARGEST = 2**25, 2**27
+# Columns: the states and the next states of a walk.
+MOST = 2
 
+_CAN_KEEP = hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MADV_FREE")
 
-class Block(NamedTuple):
-    """Memory, and who uses it.
-
-    Attributes:
-        memory (mmap.mmap): private to the process; after a fork each has its own.
-        user (weakref.ref): to what a storage holds, so that it is dead once the storage is.
-    """
-
-    memory: mmap.mmap
-    user: weakref.ref[Any]
+# What no storage uses, and for what is in use, by its id, a weak reference to tell when it no longer
+# is. Their operations are atomic: there is no lock, which a fork could leave behind locked, or which
+# a garbage collection in the middle of `empty` would wait for for ever.
+_idle: deque[mmap.mmap] = deque(maxlen=MOST)
+_watches: dict[int, weakref.ref[Any]] = {}
 
 
-# A thread takes a block out before it looks at it. Both ends of a deque are atomic: there is no
-# lock, which a fork could leave behind locked.
-_blocks: deque[Block] = deque()
-
-
-def empty_like(like: Tensor) -> Tensor:
-    """Return a contiguous tensor on the CPU without values.
+def empty(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Return a tensor without values, as `torch.empty` does.
 
     Args:
-        like (Tensor): of the same shape and dtype, contiguous; its own memory is not looked at.
+        *shape (int): its shape.
+        dtype (torch.dtype): its dtype.
+        device (torch.device): where it lives. Only memory of the CPU is used again.
 
     Returns:
-        Tensor: its memory is used again when the storage is gone: the tensor, its views and what
-        autograd keeps of them. The storage cannot be resized.
+        Tensor: contiguous. If its memory is kept, the storage cannot be resized in place.
     """
-    size = like.numel() * like.element_size()
-    if size < SMALLEST or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.empty_like(like)
-    memory, others = _take_out(size)
+    size = math.prod(shape) * dtype.itemsize
+    if (
+        not SMALLEST <= size <= LARGEST
+        or not _CAN_KEEP
+        or torch.device(device).type != "cpu"
+        or is_compiling()
+    ):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = _take(size)
     if memory is None:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            memory = _map(size)
+        except OSError:  # torch says it better
+            return torch.empty(shape, dtype=dtype, device=device)
+    # A storage holds this until it dies, with all views of it and whatever autograd keeps.
     user = (ctypes.c_char * size).from_buffer(memory)
-    out = torch.frombuffer(user, dtype=like.dtype).view(like.shape)
-    total = 0
-    for block in [Block(memory, weakref.ref(user)), *others]:
-        total += len(block.memory)
-        if total <= MOST:
-            _blocks.append(block)
-    return out
+    _watches[id(memory)] = weakref.ref(user, partial(_keep, memory))
+    return torch.frombuffer(user, dtype=dtype).view(shape)
 
 
-def _take_out(size: int) -> tuple[mmap.mmap | None, list[Block]]:
-    """Take all blocks out; return idle memory of a size, if there is any, and what to put back."""
-    memory, others = None, []
+def release_memory() -> None:
+    """Give the memory back that large walks on the CPU have left for the next one.
+
+    Columns of 32 to 128 MiB leave it: at most two of them, 256 MiB, once no tensor uses them. The
+    system takes it by itself where memory is short.
+
+    Examples:
+        >>> from torchrl_recall.traces import release_memory
+        >>> release_memory()
+    """
+    _idle.clear()
+
+
+def _map(size: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel without them
+            pass
+    return memory
+
+
+def _take(size: int) -> mmap.mmap | None:
+    """Return idle memory of a size, or None; what is of another size goes back to the system."""
     while True:
         try:
-            block = _blocks.popleft()
+            memory = _idle.pop()
         except IndexError:
-            return memory, others
-        if block.user() is not None:
-            others.append(block)
-        elif len(block.memory) == size:
-            if memory is None:
-                memory = block.memory
-            else:
-                others.append(block)
-        # Idle memory of another size goes back: what lies idle is of one size.
+            return None
+        if len(memory) == size:
+            return memory
+
+
+def _keep(memory: mmap.mmap, _: weakref.ref[Any]) -> None:
+    """Note that no storage uses some memory any more."""
+    _watches.pop(id(memory), None)
+    try:
+        # Before anything else can get at it.
+        memory.madvise(mmap.MADV_FREE)
+    except OSError:  # locked in memory, say: not the system's to take, so not ours to keep
+        return
+    _idle.append(memory)  # the oldest one beyond MOST goes back

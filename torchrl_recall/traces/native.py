@@ -164,6 +164,8 @@ class Plan:
 
     def columns(self, num_rows: int, num_steps: int) -> Columns:
         """Return columns with memory but without values."""
+        if num_rows * num_steps * self.state_bytes >= large_columns.SMALLEST:
+            return self.form.empty(num_rows, num_steps, "cpu", large_columns.empty)
         like = self.templates.get((num_rows, num_steps))
         if like is None:
             # `empty_like` is the quickest way to a tensor, and needs no memory to be like.
@@ -173,9 +175,7 @@ class Plan:
             if len(self.templates) >= MAX_TEMPLATES:
                 self.templates.clear()
             self.templates[num_rows, num_steps] = like
-        is_large = num_rows * num_steps * self.state_bytes >= large_columns.SMALLEST
-        empty_like = large_columns.empty_like if is_large else torch.empty_like
-        return tuple.__new__(Columns, map(empty_like, like))
+        return tuple.__new__(Columns, map(torch.empty_like, like))
 
 
 def _head(form: dict[str, Any], buffers: dict[str, Tensor]) -> interface.Head:
