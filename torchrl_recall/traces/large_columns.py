@@ -15,6 +15,7 @@ import math
 import mmap
 import weakref
 from collections import deque
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -30,9 +31,9 @@ MOST = 2
 
 _CAN_KEEP = hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MADV_FREE")
 
-# What no storage uses, and for what is in use, by its id, a weak reference to tell when it no longer
-# is. Their operations are atomic: there is no lock, which a fork could leave behind locked, or which
-# a garbage collection in the middle of `empty` would wait for for ever.
+# What no storage uses, and for what is in use, by its id, a weak reference to tell when it no
+# longer is. Their operations are atomic: there is no lock, which a fork could leave behind locked,
+# or which a garbage collection in the middle of `empty` would wait for for ever.
 _idle: deque[mmap.mmap] = deque(maxlen=MOST)
 _watches: dict[int, weakref.ref[Any]] = {}
 
@@ -84,10 +85,8 @@ def release_memory() -> None:
 def _map(size: int) -> mmap.mmap:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without them
-            pass
     return memory
 
 
