@@ -42,7 +42,6 @@ JOBS: tuple[tuple[tuple[Task, ...], tuple[str, ...], tuple[int, ...]], ...] = (
     ((FOUR_ROOMS[15],), MAIN, SEEDS),
     (FRAGMENTS[:2], STITCHED[:3], SEEDS),
     ((FOUR_ROOMS[19],), MAIN[:5], SEEDS),
-    ((FOUR_ROOMS[19],), ("a2c/share",), SEEDS),
     ((FOUR_ROOMS[15],), DQN_ROWS[:5], SEEDS),
     ((FOUR_ROOMS[11], FOUR_ROOMS[13]), (*MAIN[:3], "a2c/plain"), SEEDS),
     ((FOUR_ROOMS[23],), GROWN, FEWER_SEEDS),

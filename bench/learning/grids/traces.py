@@ -203,6 +203,16 @@ class Traces:
         return TensorDict({"trace": trace}, [len(index)])
 
 
+def only_kept(sample: TensorDictBase) -> TensorDictBase:
+    """Return the kept steps of traces alone, one a trace: the same mean over fewer rows."""
+    trace = sample["trace"]
+    kept = trace["collector", "mask"]
+    if kept.all() or not kept.any():
+        return sample
+    steps = trace.select("observation", "action", ("collector", "mask"))[kept]
+    return TensorDict({"trace": steps.unsqueeze(1)}, steps.shape)
+
+
 def is_last_visit(observation: Tensor, end: Tensor, real: Tensor, size: int) -> Tensor:
     """Tell which steps of traces are in a state that is not met again: bool ``[B, T]``.
 

@@ -82,10 +82,8 @@ TUNED_19: Grid = {
     "a2c_found": {
         **{f"rows_{n}": Recipe(A2C, traces=TracesSettings(frontier=n)) for n in (64, 16, 256)},
         "ranked_by_begin": Recipe(A2C, traces=TracesSettings(ranked_by="begin")),
-        **{
-            f"share_{share:g}": Recipe(A2C, traces=TracesSettings(frontier_share=share))
-            for share in (0.02, 0.005)
-        },
+        "share_0.02": Recipe(A2C, traces=TracesSettings(frontier_share=0.02)),
+        "updates_16": Recipe(A2C, traces=TracesSettings(updates=16)),
     },
     "a2c_past": {
         **{
