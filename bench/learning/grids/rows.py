@@ -8,7 +8,7 @@ from bench.learning.entry import Entry
 from bench.learning.grids.recipes import LABELS, ROWS
 from bench.learning.grids.task import Task
 from bench.learning.grids.training import Recipe, train
-from bench.learning.grids.tuned import DQN_15, TUNED_11, TUNED_15, TUNED_19
+from bench.learning.grids.tuned import DQN_13, FRONTIER_19, TUNED_11, TUNED_15, TUNED_19
 from bench.learning.suite import Section
 
 SEEDS = tuple(range(1200, 1220))
@@ -18,8 +18,9 @@ TUNING_SEEDS = tuple(range(2000, 2005))
 TUNING = (
     ("tuning_four_rooms_11", 11, TUNED_11, 40_000, TUNING_SEEDS),
     ("tuning_four_rooms_15", 15, TUNED_15, 100_000, TUNING_SEEDS),
-    ("tuning_four_rooms_19", 19, TUNED_19, 100_000, TUNING_SEEDS),
-    ("tuning_four_rooms_15_dqn", 15, DQN_15, 60_000, TUNING_SEEDS[:2]),
+    ("tuning_four_rooms_19", 19, FRONTIER_19, 100_000, TUNING_SEEDS),
+    ("tuning_four_rooms_19", 19, TUNED_19, 100_000, TUNING_SEEDS[:3]),
+    ("tuning_four_rooms_13_dqn", 13, DQN_13, 60_000, TUNING_SEEDS[:3]),
 )
 BUDGET = 200_000
 # The budgets of other rows; a gradient step for each 16 steps of the maze takes its time.
@@ -154,7 +155,7 @@ def sections() -> list[Section]:
         Section(
             "tuning_four_rooms",
             "Tuning on four rooms",
-            tuple(name for name, *_ in TUNING),
+            tuple(dict.fromkeys(name for name, *_ in TUNING)),
             (),
             figures=False,
         ),

@@ -77,11 +77,18 @@ TUNED_15: Grid = {
     },
 }
 
-# Six settings of each.
+# Where traces start before the first reward.
+FRONTIER_19: Grid = {
+    "a2c_found": {
+        **{f"rows_{n}": Recipe(A2C, traces=TracesSettings(frontier=n)) for n in (64, 16)},
+        "ranked_by_begin": Recipe(A2C, traces=TracesSettings(ranked_by="begin")),
+    },
+}
+
+# With those above six settings of each.
 TUNED_19: Grid = {
     "a2c_found": {
-        **{f"rows_{n}": Recipe(A2C, traces=TracesSettings(frontier=n)) for n in (64, 16, 256)},
-        "ranked_by_begin": Recipe(A2C, traces=TracesSettings(ranked_by="begin")),
+        "rows_256": Recipe(A2C, traces=TracesSettings(frontier=256)),
         "share_0.02": Recipe(A2C, traces=TracesSettings(frontier_share=0.02)),
         "updates_16": Recipe(A2C, traces=TracesSettings(updates=16)),
     },
@@ -114,8 +121,7 @@ TUNED_19: Grid = {
     },
 }
 
-# Exploration is what DQN lacks where rewards are rare.
-DQN_15: Grid = {
+DQN_13: Grid = {
     "dqn_per": {
         "default": Recipe(PER),
         "alpha_0.4": Recipe(replace(PER, alpha=0.4)),
