@@ -8,7 +8,7 @@ from bench.learning.entry import Entry
 from bench.learning.grids.recipes import LABELS, ROWS
 from bench.learning.grids.task import Task
 from bench.learning.grids.training import Recipe, train
-from bench.learning.grids.tuned import DQN_13, FRONTIER_19, TUNED_11, TUNED_15, TUNED_19
+from bench.learning.grids.tuned import CHEAPER_15, DQN_13, FRONTIER_19, TUNED_11, TUNED_15, TUNED_19
 from bench.learning.suite import Section
 
 SEEDS = tuple(range(1200, 1220))
@@ -18,6 +18,7 @@ TUNING_SEEDS = tuple(range(2000, 2005))
 TUNING = (
     ("tuning_four_rooms_11", 11, TUNED_11, 40_000, TUNING_SEEDS),
     ("tuning_four_rooms_15", 15, TUNED_15, 100_000, TUNING_SEEDS),
+    ("tuning_four_rooms_15", 15, CHEAPER_15, 100_000, TUNING_SEEDS[:3]),
     ("tuning_four_rooms_19", 19, FRONTIER_19, 100_000, TUNING_SEEDS),
     ("tuning_four_rooms_19", 19, TUNED_19, 100_000, TUNING_SEEDS[:3]),
     ("tuning_four_rooms_13_dqn", 13, DQN_13, 60_000, TUNING_SEEDS[:3]),

@@ -16,6 +16,7 @@ from bench.learning.grids.training import Recipe
 
 A2C = ActorCriticSettings()
 DQN = DQNSettings()
+PPO = ActorCriticSettings(rollout=32, epochs=4, minibatches=4)
 PER = replace(DQN, alpha=0.6)
 GOALS = replace(DQN, goals=True)
 
@@ -74,6 +75,30 @@ TUNED_15: Grid = {
     "a2c_found": {
         "rows_64": Recipe(A2C, traces=TracesSettings()),
         "ranked_by_begin": Recipe(A2C, traces=TracesSettings(ranked_by="begin")),
+    },
+}
+
+# What traces cost, and what is lost with less of them.
+CHEAPER_15: Grid = {
+    "a2c_found": {
+        "model_4": Recipe(A2C, traces=TracesSettings(model_updates=4)),
+        "model_2_rate_0.003": Recipe(
+            A2C, traces=TracesSettings(model_updates=2, model_learning_rate=3e-3)
+        ),
+        "updates_4": Recipe(A2C, traces=TracesSettings(updates=4)),
+    },
+    "ppo_found": {
+        "updates_8": Recipe(PPO, traces=TracesSettings()),
+        "updates_2": Recipe(PPO, traces=TracesSettings(updates=2, model_updates=2)),
+        "updates_2_rate_0.003": Recipe(
+            PPO, traces=TracesSettings(updates=2, model_updates=2, model_learning_rate=3e-3)
+        ),
+        "updates_2_of_64": Recipe(
+            PPO,
+            traces=TracesSettings(
+                updates=2, num_traces=64, model_updates=2, model_learning_rate=3e-3
+            ),
+        ),
     },
 }
 
