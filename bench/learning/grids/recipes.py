@@ -21,6 +21,9 @@ DQN = DQNSettings()
 PER = replace(DQN, alpha=0.6)
 GOALS = replace(DQN, goals=True)
 
+# Fewer steps of imitation and of the model, for hosts that shall keep their speed.
+LIGHT = TracesSettings(updates=2, model_updates=2)
+
 ROWS: dict[str, Recipe] = {
     "a2c/plain": Recipe(A2C),
     "a2c/sil": Recipe(A2C, sil=SelfImitationSettings(updates=32)),
@@ -34,6 +37,7 @@ ROWS: dict[str, Recipe] = {
     "ppo/plain": Recipe(PPO),
     "ppo/past": Recipe(PPO, traces=TracesSettings(past=True)),
     "ppo/traces": Recipe(PPO, traces=TracesSettings()),
+    "ppo/light": Recipe(PPO, traces=LIGHT),
     "dqn/plain": Recipe(DQN),
     "dqn/per": Recipe(PER),
     "dqn/her": Recipe(GOALS, hindsight=HindsightSettings()),
@@ -56,6 +60,7 @@ LABELS = {
     "ppo/plain": "PPO",
     "ppo/past": "PPO + real past of the same states (no model)",
     "ppo/traces": "PPO + recall traces",
+    "ppo/light": "PPO + recall traces, light",
     "dqn/plain": "DQN",
     "dqn/per": "DQN + PER, tuned",
     "dqn/her": "DQN + HER, tuned, goal known",
@@ -65,14 +70,12 @@ LABELS = {
     "dqn/known": "DQN + recall traces, goal known",
 }
 
-# A host without and with traces, whose training steps are timed side by side. The light recipe is
-# no reported row: it says what the price would be, not what it buys.
-LIGHT = TracesSettings(updates=2, model_updates=2)
+# A host without and with traces, whose training steps are timed side by side.
 COSTS: dict[str, tuple[Recipe, Recipe]] = {
     "A2C, the rows' recipe": (ROWS["a2c/plain"], ROWS["a2c/traces"]),
-    "A2C, 2 steps of imitation and of the model": (Recipe(A2C), Recipe(A2C, traces=LIGHT)),
+    "A2C, 2 steps of imitation and of the model": (ROWS["a2c/plain"], Recipe(A2C, traces=LIGHT)),
     "PPO, the rows' recipe": (ROWS["ppo/plain"], ROWS["ppo/traces"]),
-    "PPO, 2 steps of imitation and of the model": (Recipe(PPO), Recipe(PPO, traces=LIGHT)),
+    "PPO, 2 steps of imitation and of the model": (ROWS["ppo/plain"], ROWS["ppo/light"]),
     "DQN, the rows' recipe": (ROWS["dqn/plain"], ROWS["dqn/traces"]),
-    "DQN, 2 steps of imitation and of the model": (Recipe(DQN), Recipe(DQN, traces=LIGHT)),
+    "DQN, 2 steps of imitation and of the model": (ROWS["dqn/plain"], Recipe(DQN, traces=LIGHT)),
 }

@@ -110,11 +110,10 @@ FRONTIER_19: Grid = {
     },
 }
 
-# With those above six settings of each.
+# Three seeds of each.
 TUNED_19: Grid = {
     "a2c_found": {
         "rows_256": Recipe(A2C, traces=TracesSettings(frontier=256)),
-        "share_0.02": Recipe(A2C, traces=TracesSettings(frontier_share=0.02)),
         "updates_16": Recipe(A2C, traces=TracesSettings(updates=16)),
     },
     "a2c_past": {
@@ -133,10 +132,8 @@ TUNED_19: Grid = {
         "rate_0.003": sil(a2c(learning_rate=3e-3), updates=32),
     },
     "a2c_best": {
+        # Until the first reward both are the plain host: exploration is tuned with SIL.
         **{f"updates_{n}": best(updates=n) for n in (16, 32, 64)},
-        "entropy_0.03": best(a2c(entropy_coeff=0.03), updates=32),
-        "entropy_0.1": best(a2c(entropy_coeff=0.1), updates=32),
-        "rate_0.003": best(a2c(learning_rate=3e-3), updates=32),
     },
     "a2c_bonus_sil": {
         **{f"coeff_{c:g}": bonus_sil(c, 32) for c in (0.003, 0.01, 0.03)},
