@@ -136,7 +136,7 @@ TUNED_19: Grid = {
         **{f"updates_{n}": best(updates=n) for n in (16, 32, 64)},
     },
     "a2c_bonus_sil": {
-        **{f"coeff_{c:g}": bonus_sil(c, 32) for c in (0.003, 0.01, 0.03)},
+        **{f"coeff_{c:g}": bonus_sil(c, 32) for c in (0.003, 0.01, 0.03, 0.1)},
         "updates_16": bonus_sil(0.01, 16),
         "updates_64": bonus_sil(0.01, 64),
         "entropy_0.03": bonus_sil(0.01, 32, a2c(entropy_coeff=0.03)),
