@@ -123,7 +123,7 @@ def in_readme(
     """Return the README's tables: of each section the rows that it names."""
     rows, parts = collect(entries, folder), []
     for section in sections:
-        for task in section.tasks:
+        for task in section.readme_tasks or section.tasks:
             some = [row for row in rows.get(task, ()) if row.entry.name in section.in_readme]
             if some:
                 parts += [f"{section.title}, `{task}`:", "", _brief(table(some, section)), ""]

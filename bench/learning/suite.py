@@ -25,6 +25,7 @@ class Section:
         reference: ``algorithm/variant`` that ratios and probabilities compare the others with, of
             each task that has it.
         in_readme: rows (``algorithm/variant``) that the README shows.
+        readme_tasks: the tasks whose tables it shows; empty: all.
         by_steps_to_solve: tables count the steps until solved; else the area under the curve.
         figures: whether there are figures; grids of settings have none.
         sizes: the tasks' sizes, to fit how the cost grows with them; empty: not fitted.
@@ -35,6 +36,7 @@ class Section:
     tasks: tuple[str, ...]
     reference: tuple[str, ...]
     in_readme: tuple[str, ...] = ()
+    readme_tasks: tuple[str, ...] = ()
     by_steps_to_solve: bool = True
     figures: bool = True
     sizes: tuple[int, ...] = ()

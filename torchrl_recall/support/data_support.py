@@ -19,9 +19,9 @@ from torchrl_recall.model import BacktrackModel
 from torchrl_recall.state_reading import (
     check_positive,
     check_state_size,
+    finite_rows,
     read_states,
     stored_data,
-    usable_rows,
 )
 
 # Distances computed at a time, which bounds the memory.
@@ -281,7 +281,7 @@ def _kept_rows(
         place = torch.unravel_index(part, shape)
         rows = source[tuple(coordinate.to(source.device or "cpu") for coordinate in place)]
         states = read_states(rows, keys)
-        found.append(states[usable_rows(rows, states)][:missing])
+        found.append(states[finite_rows(rows, states)][:missing])
         missing -= len(found[-1])
         if missing == 0:
             break

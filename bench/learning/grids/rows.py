@@ -132,6 +132,7 @@ def sections() -> list[Section]:
             (fifteen, nineteen),
             references,
             in_readme=(*shown, "a2c/known", "dqn/her"),
+            readme_tasks=(fifteen,),
         ),
         Section(
             "fragments",
