@@ -16,6 +16,8 @@ from bench.learning.grids.traces import TracesSettings
 from bench.learning.grids.training import Recipe
 
 A2C = ActorCriticSettings()
+# Tuned for the wait until the first reward, on 19 x 19.
+EXPLORING = replace(A2C, entropy_coeff=0.03)
 PPO = ActorCriticSettings(rollout=32, epochs=4, minibatches=4)
 DQN = DQNSettings()
 PER = replace(DQN, alpha=0.6)
@@ -26,11 +28,11 @@ LIGHT = TracesSettings(updates=2, model_updates=2)
 
 ROWS: dict[str, Recipe] = {
     "a2c/plain": Recipe(A2C),
-    "a2c/sil": Recipe(A2C, sil=SelfImitationSettings(updates=32)),
-    "a2c/best": Recipe(A2C, best=BestSettings(updates=32)),
+    "a2c/sil": Recipe(EXPLORING, sil=SelfImitationSettings(updates=32)),
+    "a2c/best": Recipe(EXPLORING, best=BestSettings(updates=32)),
     "a2c/bonus": Recipe(A2C, bonus=BonusSettings(0.01)),
-    "a2c/bonus_sil": Recipe(A2C, sil=SelfImitationSettings(updates=16), bonus=BonusSettings(0.01)),
-    "a2c/past": Recipe(A2C, traces=TracesSettings(past=True)),
+    "a2c/bonus_sil": Recipe(A2C, sil=SelfImitationSettings(updates=32), bonus=BonusSettings(0.03)),
+    "a2c/past": Recipe(A2C, traces=TracesSettings(past=True, updates=16)),
     "a2c/paper": Recipe(A2C, traces=TracesSettings(start="value", data="best", last_visit=False)),
     "a2c/traces": Recipe(A2C, traces=TracesSettings()),
     "a2c/known": Recipe(A2C, traces=TracesSettings(start="known")),
@@ -53,7 +55,7 @@ LABELS = {
     "a2c/best": "A2C + imitation of the best real episodes, tuned",
     "a2c/bonus": "A2C + count bonus",
     "a2c/bonus_sil": "A2C + count bonus + SIL, tuned",
-    "a2c/past": "A2C + real past of the same states (no model)",
+    "a2c/past": "A2C + real past of the same states (no model), tuned",
     "a2c/paper": "A2C + recall traces, the paper's plain form",
     "a2c/traces": "A2C + recall traces, goal found",
     "a2c/known": "A2C + recall traces, goal known",
