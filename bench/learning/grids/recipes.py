@@ -32,7 +32,7 @@ ROWS: dict[str, Recipe] = {
     "a2c/best": Recipe(EXPLORING, best=BestSettings(updates=32)),
     "a2c/bonus": Recipe(A2C, bonus=BonusSettings(0.01)),
     "a2c/bonus_sil": Recipe(A2C, sil=SelfImitationSettings(updates=32), bonus=BonusSettings(0.03)),
-    "a2c/past": Recipe(A2C, traces=TracesSettings(past=True, updates=16)),
+    "a2c/past": Recipe(A2C, traces=TracesSettings(past=True, frontier=256)),
     "a2c/paper": Recipe(A2C, traces=TracesSettings(start="value", data="best", last_visit=False)),
     "a2c/traces": Recipe(A2C, traces=TracesSettings()),
     "a2c/known": Recipe(A2C, traces=TracesSettings(start="known")),

@@ -123,7 +123,6 @@ TUNED_19: Grid = {
         },
         "ranked_by_begin": Recipe(A2C, traces=TracesSettings(past=True, ranked_by="begin")),
         "updates_16": Recipe(A2C, traces=TracesSettings(past=True, updates=16)),
-        "updates_32": Recipe(A2C, traces=TracesSettings(past=True, updates=32)),
     },
     "a2c_sil": {
         **{f"updates_{n}": sil(updates=n) for n in (16, 32, 64)},
@@ -133,7 +132,7 @@ TUNED_19: Grid = {
     },
     "a2c_best": {
         # Until the first reward both are the plain host: exploration is tuned with SIL.
-        **{f"updates_{n}": best(updates=n) for n in (16, 32, 64)},
+        **{f"updates_{n}": best(updates=n) for n in (32, 64)},
     },
     "a2c_bonus_sil": {
         **{f"coeff_{c:g}": bonus_sil(c, 32) for c in (0.003, 0.01, 0.03, 0.1)},
