@@ -142,13 +142,13 @@ TUNED_19: Grid = {
     },
 }
 
-DQN_13: Grid = {
+DQN_11: Grid = {
     "dqn_per": {
         "default": Recipe(PER),
         "alpha_0.4": Recipe(replace(PER, alpha=0.4)),
         "updates_16": Recipe(replace(PER, updates=16)),
         "rate_0.0003": Recipe(replace(PER, learning_rate=3e-4)),
-        "exploration_60000": Recipe(replace(PER, epsilon_steps=60_000)),
+        "exploration_40000": Recipe(replace(PER, epsilon_steps=40_000)),
         "exploration_5000": Recipe(replace(PER, epsilon_steps=5_000)),
     },
     "dqn_her": {
@@ -156,8 +156,8 @@ DQN_13: Grid = {
         "goals_8": Recipe(GOALS, hindsight=HindsightSettings(num_goals=8)),
         "updates_16": Recipe(replace(GOALS, updates=16), hindsight=HindsightSettings()),
         "rate_0.0003": Recipe(replace(GOALS, learning_rate=3e-4), hindsight=HindsightSettings()),
-        "exploration_60000": Recipe(
-            replace(GOALS, epsilon_steps=60_000), hindsight=HindsightSettings()
+        "exploration_40000": Recipe(
+            replace(GOALS, epsilon_steps=40_000), hindsight=HindsightSettings()
         ),
         "exploration_5000": Recipe(
             replace(GOALS, epsilon_steps=5_000), hindsight=HindsightSettings()
