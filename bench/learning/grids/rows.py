@@ -8,7 +8,15 @@ from bench.learning.entry import Entry
 from bench.learning.grids.recipes import LABELS, ROWS
 from bench.learning.grids.task import Task
 from bench.learning.grids.training import Recipe, train
-from bench.learning.grids.tuned import CHEAPER_15, DQN_11, FRONTIER_19, TUNED_11, TUNED_15, TUNED_19
+from bench.learning.grids.tuned import (
+    CHEAPER_15,
+    DQN_11,
+    DQN_15,
+    FRONTIER_19,
+    TUNED_11,
+    TUNED_15,
+    TUNED_19,
+)
 from bench.learning.suite import Section
 
 SEEDS = tuple(range(1200, 1220))
@@ -24,6 +32,7 @@ TUNING = (
     ("tuning_four_rooms_19", 19, FRONTIER_19, 100_000, TUNING_SEEDS),
     ("tuning_four_rooms_19", 19, TUNED_19, 100_000, TUNING_SEEDS[:3]),
     ("tuning_four_rooms_11", 11, DQN_11, 40_000, TUNING_SEEDS[:2]),
+    ("tuning_four_rooms_15", 15, DQN_15, 60_000, TUNING_SEEDS[:2]),
 )
 BUDGET = 200_000
 

@@ -147,6 +147,8 @@ DQN_11: Grid = {
         "default": Recipe(PER),
         "alpha_0.4": Recipe(replace(PER, alpha=0.4)),
         "updates_16": Recipe(replace(PER, updates=16)),
+        "updates_32": Recipe(replace(PER, updates=32)),
+        "updates_16_alpha_0.4": Recipe(replace(PER, updates=16, alpha=0.4)),
         "rate_0.0003": Recipe(replace(PER, learning_rate=3e-4)),
         "exploration_40000": Recipe(replace(PER, epsilon_steps=40_000)),
         "exploration_5000": Recipe(replace(PER, epsilon_steps=5_000)),
@@ -155,6 +157,7 @@ DQN_11: Grid = {
         "default": Recipe(GOALS, hindsight=HindsightSettings()),
         "goals_8": Recipe(GOALS, hindsight=HindsightSettings(num_goals=8)),
         "updates_16": Recipe(replace(GOALS, updates=16), hindsight=HindsightSettings()),
+        "updates_32": Recipe(replace(GOALS, updates=32), hindsight=HindsightSettings()),
         "rate_0.0003": Recipe(replace(GOALS, learning_rate=3e-4), hindsight=HindsightSettings()),
         "exploration_40000": Recipe(
             replace(GOALS, epsilon_steps=40_000), hindsight=HindsightSettings()
@@ -171,5 +174,17 @@ DQN_11: Grid = {
         "rate_0.0003": Recipe(replace(DQN, learning_rate=3e-4), traces=TracesSettings()),
         "exploration_5000": Recipe(replace(DQN, epsilon_steps=5_000), traces=TracesSettings()),
         "exploration_1000": Recipe(replace(DQN, epsilon_steps=1_000), traces=TracesSettings()),
+    },
+}
+
+# What explores best where rewards are rarer.
+DQN_15: Grid = {
+    "dqn_per": {
+        f"updates_16_exploration_{steps}": Recipe(replace(PER, updates=16, epsilon_steps=steps))
+        for steps in (20_000, 60_000)
+    },
+    "dqn_found": {
+        f"exploration_{steps}": Recipe(replace(DQN, epsilon_steps=steps), traces=TracesSettings())
+        for steps in (20_000, 5_000)
     },
 }
