@@ -128,13 +128,14 @@ def sections() -> list[Section]:
     references = ("a2c/traces", "dqn/traces", "ppo/traces")
     shown = (
         "a2c/traces",
-        "a2c/sil",
-        "a2c/best",
-        "a2c/bonus_sil",
+        "a2c/known",
         "a2c/past",
+        "a2c/bonus_sil",
+        "a2c/sil",
         "a2c/plain",
         "dqn/traces",
         "dqn/per",
+        "dqn/her",
     )
     return [
         Section(
@@ -142,7 +143,7 @@ def sections() -> list[Section]:
             "Four rooms",
             (fifteen, nineteen),
             references,
-            in_readme=(*shown, "a2c/known", "dqn/her"),
+            in_readme=shown,
             readme_tasks=(fifteen,),
         ),
         Section(
@@ -151,6 +152,7 @@ def sections() -> list[Section]:
             tuple(task.name for task in FRAGMENTS),
             references,
             in_readme=("a2c/traces", "a2c/past", "a2c/sil", "a2c/plain"),
+            readme_tasks=(FRAGMENTS[0].name,),
         ),
         Section(
             "growth",
