@@ -37,7 +37,7 @@ TUNING = (
 BUDGET = 200_000
 
 MAIN = ("a2c/traces", "a2c/known", "a2c/past", "a2c/bonus_sil", "a2c/sil", "a2c/best")
-DQN_ROWS = ("dqn/traces", "dqn/known", "dqn/per", "dqn/her", "dqn/past")
+DQN_ROWS = ("dqn/traces", "dqn/known", "dqn/past", "dqn/per", "dqn/her")
 PPO_ROWS = ("ppo/traces", "ppo/light", "ppo/plain", "ppo/past")
 GROWN = ("a2c/known", "a2c/traces", "a2c/past", "a2c/bonus_sil")
 STITCHED = ("a2c/traces", "a2c/past", "a2c/plain", "a2c/sil", "a2c/bonus", "a2c/best")
@@ -51,7 +51,8 @@ SLIPPERY, ANY_START = Task(15, slip=0.1), Task(15, start="any")
 JOBS: tuple[tuple[tuple[Task, ...], tuple[str, ...], tuple[int, ...], int], ...] = (
     ((FOUR_ROOMS[15],), MAIN, SEEDS, BUDGET),
     ((FOUR_ROOMS[19],), MAIN, SEEDS, 60_000),
-    ((FOUR_ROOMS[15],), DQN_ROWS, SEEDS, 20_000),
+    ((FOUR_ROOMS[15],), DQN_ROWS[:4], SEEDS, 40_000),
+    ((FOUR_ROOMS[15],), DQN_ROWS[4:], SEEDS, 20_000),
     ((FOUR_ROOMS[15],), ("a2c/plain",), FIRST_SEEDS, BUDGET),
     ((FOUR_ROOMS[23], FOUR_ROOMS[11], FOUR_ROOMS[13]), GROWN, FEWER_SEEDS, BUDGET),
     ((FOUR_ROOMS[27], FOUR_ROOMS[31]), GROWN[:3], FEWER_SEEDS, BUDGET),
