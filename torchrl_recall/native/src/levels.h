@@ -86,10 +86,37 @@ static void build(const recall_priorities *p, const recall_form *f, levels *l, i
     }
 }
 
+/* The lowest nodes above some entries, where these are floats; constants say what weights need. */
+INLINE void add_float_nodes(const recall_priorities *p, const form_vectors *f, const levels *l,
+                            const int64_t *index, int64_t count, int is_soft, int is_power) {
+    float weight[FAN];
+    for (int64_t i = 0, last = -1; i < count; i++) {
+        const int64_t at = index[i] >> 4, n = l->num_leaves - at * FAN;
+        if (index[i] < 0 || index[i] >= l->num_leaves || at == last) continue;
+        float_weights(f, (const float *)p->values + at * FAN, FAN, is_soft, is_power, 0, weight);
+        for (int64_t j = n; j < FAN; j++) weight[j] = 0.0f;
+        sums_of_floats(weight, 1, l->node[0].sum + at);
+        last = at;
+    }
+}
+
+static void update_floats(const recall_priorities *p, const recall_form *f, const levels *l,
+                          const int64_t *index, int64_t count) {
+    const form_vectors v = vectors_of(f);
+    if (f->mode == MODE_SOFT) add_float_nodes(p, &v, l, index, count, 1, 0);
+    else if (f->alpha != 1.0) add_float_nodes(p, &v, l, index, count, 0, 1);
+    else add_float_nodes(p, &v, l, index, count, 0, 0);
+}
+
 /* Adds up the nodes above some entries; negative indices are skipped. */
 static void update(const recall_priorities *p, const recall_form *f, levels *l,
                    const int64_t *index, int64_t count) {
-    for (int64_t level = 0; level < l->num_levels; level++) {
+    int64_t level = 0;
+    if (f->sums == SUMS_OF_WEIGHTS && f->mode != MODE_RANK && !p->is_double) {
+        update_floats(p, f, l, index, count);
+        level = 1;
+    }
+    for (; level < l->num_levels; level++) {
         if (level && l->count[level] <= count) {
             add_children(f, l, level, 0, l->count[level]);
             continue;
