@@ -155,6 +155,9 @@ class NativePriorities:
             IndexError: if there are more values than entries. Nothing is written then.
         """
         values = _floats(values)
+        if self._parameters is not None and self._parameters.mode == "top":
+            # If all may be drawn; else it is counted again below.
+            self._state.num_best = best_count(self._parameters.top, self._state.size)
         self._refuse(
             self._library.recall_refresh(
                 self._address,
