@@ -36,9 +36,7 @@ def count_outside(values: Tensor, low: float, high: float) -> tuple[int, int]:
     return above, at_least
 
 
-def top_threshold(
-    values: Tensor, top: float, *, no_nan: bool = False
-) -> tuple[float, float, int]:
+def top_threshold(values: Tensor, top: float, *, no_nan: bool = False) -> tuple[float, float, int]:
     """Find the least value that the mode ``"top"`` keeps.
 
     Args:
