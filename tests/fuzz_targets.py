@@ -190,8 +190,12 @@ def recall_loss(rng):
         return out
 
     def check(a, out):
-        shape = a["data"]["trace"].shape if a.get("reduction") == "none" else ()
-        assert out["loss_imitation"].shape == shape or not a["data"]["trace"].ndim
+        trace, shape = a["data"]["trace"], ()
+        if a.get("reduction") == "none":
+            # Without a batch size, as keyword tensors come, the policy says how many steps.
+            action = trace[setup.model.action_key]
+            shape = trace.shape or actor.get_dist(trace).log_prob(action).shape
+        assert out["loss_imitation"].shape == shape
         assert 0 <= float(out["trace_kept"]) <= 1
         assert finite(out)
         assert all(finite(p.grad) for p in actor.parameters() if p.grad is not None)

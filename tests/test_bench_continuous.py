@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ from tensordict import TensorDict
 from torchrl.envs.utils import check_env_specs
 
 from bench.learning.continuous import entries, sections
+from bench.learning.continuous.cells import Cells
 from bench.learning.continuous.history import History
 from bench.learning.continuous.mountain_car import SparseMountainCarEnv
 from bench.learning.continuous.ppo import PPO
+from bench.learning.continuous.recall import RecallSettings, RecallTraces
 from bench.learning.continuous.tasks import TASKS
 from bench.learning.continuous.variants import VARIANTS, settings_of
 
@@ -93,6 +97,116 @@ class TestHalfCheetah:
         assert not torch.equal(before["observation"][0], after["observation"][0])
 
 
+class TestRoboticsPointMaze:
+    def test_steps_are_the_packages(self):
+        pytest.importorskip("gymnasium_robotics")
+        from bench.learning.continuous.point_maze_robotics import RoboticsPointMazeEnv
+
+        ours = RoboticsPointMazeEnv((2,), max_steps=30, seed=0)
+        check_env_specs(ours)
+        state = ours.reset()
+        theirs = ours._points[1]  # stepped by itself from the same state
+        copy = type(theirs)(maze_map=theirs.maze.maze_map, continuing_task=False)
+        copy.reset(seed=1)
+        place, speed = state["observation"][1].double().numpy().reshape(2, 2)
+        copy.point_env.set_state(place, speed)
+        draw = torch.Generator().manual_seed(0)
+        for _ in range(30):
+            action = state["action"] = 2 * torch.rand(2, 2, generator=draw) - 1
+            state = ours.step(state)["next"]
+            expected = copy.step(action[1].double().numpy())[0]["observation"]
+            found = state["observation"][1].numpy()
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+        assert state["truncated"].all()
+        assert not state["success"].any()
+
+    def test_the_goal_ends_it(self):
+        pytest.importorskip("gymnasium_robotics")
+        from bench.learning.continuous.point_maze_robotics import RoboticsPointMazeEnv
+
+        env = RoboticsPointMazeEnv((2,), seed=0)
+        state = env.reset()
+        point = env._points[0]
+        point.point_env.set_state(point.goal, np.zeros(2))
+        state["action"] = torch.zeros(2, 2)
+        after = env.step(state)["next"]
+        for name in ("success", "terminated", "done"):
+            assert after[name][:, 0].tolist() == [True, False]
+        assert after["reward"][:, 0].tolist() == [1.0, 0.0]
+
+
+class TestCells:
+    def test_counts_are_those_of_a_loop(self):
+        draw = torch.Generator().manual_seed(0)
+        cells = Cells(torch.zeros(2), torch.tensor([1.0, 2.0]), 0.5)
+        parts = [torch.randn(50, 2, generator=draw) for _ in range(3)]
+        for part in parts:
+            cells.add(part)
+        names = [(math.floor(x / 0.5), math.floor(y / 1.0)) for x, y in torch.cat(parts).tolist()]
+        of_row = cells.of_row.tolist()
+        for one, number in zip(names, of_row, strict=True):
+            assert cells.count[number] == names.count(one)
+            assert [n == one for n in names] == [m == number for m in of_row]
+
+    def test_every_cell_is_drawn_as_often(self):
+        cells = Cells(torch.zeros(1), torch.ones(1), 1.0)
+        cells.add(torch.tensor([[0.5]] * 97 + [[1.5]] * 2 + [[2.5]]))
+        rows = cells.draw(30_000, torch.Generator().manual_seed(0))
+        share = torch.bincount(cells.of_row[rows], minlength=3) / len(rows)
+        # 5 standard errors of a third.
+        assert (share - 1 / 3).abs().max() < 5 * (2 / 9 / len(rows)) ** 0.5
+
+
+class TestGate:
+    def made(self, value: float) -> Any:
+        task = TASKS["u_maze_any"]
+        few = {"first_model_steps": 2, "model_steps": 2, "num_traces": 4, "trace_steps": 5}
+        host = PPO(
+            replace(task, ppo=replace(task.ppo, **SMALL)),
+            0,
+            lambda host: RecallTraces(host, RecallSettings(**few, support=False)),
+            budget=256,
+        )
+        last: Any = host.critic.module.layers[-1]
+        with torch.no_grad():
+            last.weight.zero_()
+            last.bias.fill_(value)
+        data = host._collect()
+        # Two steps are rewarded: one ends its episode, the other does not.
+        data["next", "reward"][:] = 0
+        data["next", "reward"][0, :2] = 1
+        data["next", "terminated"][0, 0], data["next", "terminated"][0, 1] = True, False
+        host.history.extend(data)
+        host.guide.update(data)
+        return host
+
+    def test_weights_are_the_share_that_is_not_expected(self):
+        host = self.made(0.5)
+        starts, gamma = host.guide.rewarded, host.settings.gamma
+        # The best of four is the one that goes on, but where all four end.
+        assert {round(x, 4) for x in starts.reached.tolist()} <= {1.0, 1 + gamma * 0.5}
+        trace = TensorDict({"observation": torch.zeros(4, 5, 2)}, [4, 5])
+        weight = host.guide._weight(trace)
+        for row, reached in enumerate(starts.reached.tolist()):
+            for t in range(5):
+                promised = reached * gamma ** (4 - t)
+                assert weight[row, t] == pytest.approx(max(1 - 0.5 / promised, 0), abs=1e-5)
+
+    def test_nothing_is_imitated_where_the_critic_expects_more(self):
+        host = self.made(1e3)
+        before = [p.detach().clone() for p in host.policy.parameters()]
+        host.guide.finish()
+        after = list(host.policy.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+    def test_the_host_learns_nothing_from_it_but_by_its_steps(self):
+        host = self.made(0.0)
+        steps = host.gradient_steps
+        host.guide.finish()
+        assert host.gradient_steps - steps == RecallSettings().imitation_steps
+        assert all(p.grad is None for p in host.policy.parameters())
+
+
 def made_history() -> tuple[History, torch.Tensor, torch.Tensor]:
     """Two environments, three rollouts of four steps; reward and done ``[2, 12]``."""
     history = History(24, ("observation",))
@@ -162,14 +276,19 @@ class TestHistory:
 
 
 SMALL = {"num_envs": 8, "rollout_steps": 16, "minibatch": 64, "epochs": 1}
-RUNS = [(task.name, variant) for task in TASKS.values() for variant in task.variants]
+# Every task with traces and the real past, every variant on one task.
+RUNS = [
+    (task.name, variant)
+    for task in TASKS.values()
+    for variant in (VARIANTS if task.name == "u_maze" else ("traces", "real_past"))
+]
 
 
 @pytest.mark.parametrize(("task_name", "variant_name"), RUNS)
 def test_every_row_trains(task_name: str, variant_name: str):
     task, variant = TASKS[task_name], VARIANTS[variant_name]
     if task.mujoco:
-        pytest.importorskip("mujoco")
+        pytest.importorskip("gymnasium_robotics" if task_name == "point_maze" else "mujoco")
     task = replace(task, ppo=replace(task.ppo, **SMALL), num_tests=2)
     guide = variant.guide
     options = settings_of(task, variant)

@@ -94,12 +94,16 @@ class TestCompiled:
             ("tanh", {}),
             ("categorical", {"stop": True}),
             ("binary", {}),
-            ("joint", {}),
+            ("joint", {"num_members": 2}),
         ],
     )
     def test_log_prob(self, kind, options):
         model = BacktrackModel(3, ACTIONS[kind], num_cells=(8,), **options)
         check_compiled(model.log_prob, real_data(ACTIONS[kind], BATCH))
+
+    def test_loss_of_several_actions(self):
+        loss = BacktrackLoss(BacktrackModel(3, ACTIONS["factors"], num_cells=(8,))).eval()
+        check_compiled(lambda data: total(loss(data)), real_data(ACTIONS["factors"], BATCH))
 
     @pytest.mark.filterwarnings("ignore:The distutils package:DeprecationWarning")
     @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from fit_data import assert_same, generator, in_buffer, quick, small_model
 from linear_gaussian import F64, LinearGaussianWorld
 from model_data import make_maze, random_transitions
 from torchrl.collectors import Collector
@@ -23,7 +24,7 @@ from torchrl.data import (
 from torchrl.envs import Transform
 from torchrl.envs.transforms.rb_transforms import NextStateReconstructor
 
-from torchrl_recall import BacktrackModel, fit
+from torchrl_recall import BacktrackModel
 from torchrl_recall.diagnostics import held_out_likelihood, maze_divergence
 from torchrl_recall.held_out import split_rows
 
@@ -31,25 +32,6 @@ from torchrl_recall.held_out import split_rows
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def small_model(**options):
-    return BacktrackModel(3, 2, num_cells=(16,), **options)
-
-
-def quick(model, data, **options):
-    defaults = {"num_steps": 20, "progress": False, "generator": generator(), "batch_size": 32}
-    return fit(model, data, **{**defaults, **options})
-
-
-def in_buffer(data, storage=LazyTensorStorage, **options):
-    buffer = TensorDictReplayBuffer(storage=storage(len(data)), batch_size=8, **options)
-    buffer.extend(data)
-    return buffer
 
 
 class TestLearns:
@@ -233,17 +215,6 @@ class TestLeavesTheBufferAlone:
             quick(model, random_transitions(40))
             assert model.training is training
             assert all(module.training is training for module in model.modules())
-
-
-def assert_same(a, b):
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, torch.Tensor) or hasattr(a, "batch_size"):
-        assert bool((a == b).all())
-    elif " at 0x" not in str(a):
-        assert str(a) == str(b)
 
 
 class TestSplit:

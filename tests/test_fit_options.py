@@ -8,12 +8,12 @@ import math
 
 import pytest
 import torch
+from fit_data import assert_same, generator, quick, small_model
 from model_data import make_maze, random_transitions
 from tensordict import TensorDict
 from torchrl.data import (
     LazyTensorStorage,
     ReplayBuffer,
-    TensorDictReplayBuffer,
 )
 
 from torchrl_recall import BacktrackLoss, BacktrackModel, fit
@@ -24,36 +24,6 @@ from torchrl_recall.held_out import split_rows
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def small_model(**options):
-    return BacktrackModel(3, 2, num_cells=(16,), **options)
-
-
-def quick(model, data, **options):
-    defaults = {"num_steps": 20, "progress": False, "generator": generator(), "batch_size": 32}
-    return fit(model, data, **{**defaults, **options})
-
-
-def in_buffer(data, storage=LazyTensorStorage, **options):
-    buffer = TensorDictReplayBuffer(storage=storage(len(data)), batch_size=8, **options)
-    buffer.extend(data)
-    return buffer
-
-
-def assert_same(a, b):
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, torch.Tensor) or hasattr(a, "batch_size"):
-        assert bool((a == b).all())
-    elif " at 0x" not in str(a):
-        assert str(a) == str(b)
 
 
 class TestHistory:
@@ -203,7 +173,10 @@ class TestRefuses:
             ({"patience": 0}, "patience must be at least 1"),
             ({"patience": 1, "held_out": 0.0}, "patience needs held_out rows"),
             ({"evaluate_every": 0}, "evaluate_every must be at least 1"),
-            ({"schedule": "linear"}, "schedule must be one of"),
+            (
+                {"schedule": "linear"},
+                r"schedule must be one of \('constant', 'cosine'\)",
+            ),
             ({"max_grad_norm": -1.0}, "max_grad_norm must lie in"),
             ({"max_grad_norm": 0.0}, r"max_grad_norm must lie in \(0.0, inf\], got 0.0"),
         ],

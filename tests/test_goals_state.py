@@ -176,7 +176,7 @@ class TestRefusals:
             ({"min_distance": -1.0}, ValueError, "min_distance must lie in"),
             ({"targets": (1.0, 2.0)}, ValueError, "targets must be three"),
             ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
-            ({"starts": "best"}, ValueError, "starts must be one of"),
+            ({"starts": "best"}, ValueError, r"starts must be one of \('good', 'sample'\)"),
             ({"goal_to_state": 3}, TypeError, "goal_to_state must be callable"),
             ({"generator": 3}, TypeError, "generator must be a torch"),
         ],

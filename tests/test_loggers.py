@@ -10,8 +10,8 @@ import pytest
 import torch
 from loss_data import make_actor, make_model, recall, transitions
 from tensordict.nn import TensorDictModule
-from test_trainer import env, off_policy  # noqa: F401
 from torchrl.record.loggers import CSVLogger, TensorboardLogger, WandbLogger
+from trainer_data import make_env, off_policy
 
 from torchrl_recall import AdvantageWeight, BacktrackLoss, RecallTraceLoss
 from torchrl_recall import diagnostics as d
@@ -123,8 +123,8 @@ def test_what_losses_return(sink):
     same_numbers(sink.read(), expected)
 
 
-def test_a_trainers_terms_and_staleness(sink, env):  # noqa: F811
-    trainer, hook, _ = off_policy(env, frames=96)
+def test_a_trainers_terms_and_staleness(sink):
+    trainer, hook, _ = off_policy(make_env(), frames=96)
     trainer.logger, trainer._log_interval = sink.logger, 1
     hook.register(trainer)
     trainer.train()

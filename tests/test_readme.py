@@ -117,7 +117,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 220
+    assert len(README.splitlines()) <= 210
 
 
 def test_there_are_exactly_two_setup_commands():

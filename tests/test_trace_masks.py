@@ -267,7 +267,9 @@ class TestLastVisitCells:
         assert LastVisitCells(2)(make_trace(cells)).tolist() == [False, False, True, True]
         far = torch.tensor([[1e30], [2e30], [1e30], [0.0]])
         assert LastVisitCells(1.0)(make_trace(far)).tolist() == [False, True, True]
-        with pytest.raises(ValueError, match=r"keep must be one of .*, got 'first'"):
+        with pytest.raises(
+            ValueError, match=r"keep must be one of \('visit', 'exit'\), got 'first'"
+        ):
             LastVisitCells(1, keep="first")  # pyright: ignore
 
     def test_refusals(self):
@@ -335,7 +337,7 @@ class TestLastVisitRadius:
     def test_refusals(self):
         with pytest.raises(ValueError, match="radius must lie in"):
             LastVisitRadius(-0.1)
-        with pytest.raises(ValueError, match=r"keep must be one of .*, got 'all'"):
+        with pytest.raises(ValueError, match=r"keep must be one of \('visit', 'exit'\), got 'all'"):
             LastVisitRadius(1.0, keep="all")  # pyright: ignore
         with pytest.raises(ValueError, match="scale must be positive"):
             LastVisitRadius(1.0, scale=0.0)

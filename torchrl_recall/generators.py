@@ -58,6 +58,9 @@ def follow_device(generator: torch.Generator, device: torch.device) -> torch.Gen
 class PortableGenerator:
     """Stands for a generator in a ``__getstate__``; unpickled, it is a generator again.
 
+    Objects that shared a generator each get a generator of their own, of the same state; copies
+    within a process (``deepcopy``) go on sharing.
+
     Args:
         generator (torch.Generator): the generator.
 

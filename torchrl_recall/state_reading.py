@@ -133,7 +133,7 @@ def stored_data(data: Any, name: str = "data") -> TensorDictBase:
     return source if source.ndim else source.unsqueeze(0)
 
 
-def usable_rows(data: TensorDictBase, states: Tensor) -> Tensor:
+def finite_rows(data: TensorDictBase, states: Tensor) -> Tensor:
     """Return ``[*B]`` bool: which rows are finite and no padding (``("collector", "mask")``)."""
     finite = torch.isfinite(states).all(-1)
     mask = data.get(("collector", "mask"), default=None)

@@ -20,6 +20,7 @@ import torch
 from bench.learning import store
 from bench.learning.grids.recipes import COSTS
 from bench.learning.grids.task import Task
+from bench.learning.grids.traces import only_kept
 from bench.learning.grids.training import Learner
 from bench.learning.grids.walker import Walker
 from bench.result_files import write_result
@@ -75,7 +76,7 @@ def _turn(learner: Learner, walker: Walker) -> dict[str, float]:
             sample = source.sample()
             middle = time.process_time()
             if sample is not None:
-                learner.host.imitate(sample)
+                learner.host.imitate(only_kept(sample))
             parts["traces"] += middle - begin
             parts["imitation"] += time.process_time() - middle
     return parts

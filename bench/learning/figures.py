@@ -28,7 +28,7 @@ def draw_curves(section: Section, tasks: Mapping[str, Sequence[Row]], path: Path
         tasks: rows of each task.
         path: picture to write.
     """
-    plt = _pyplot()
+    plt = pyplot()
     names = dict.fromkeys(row.entry.name for rows in tasks.values() for row in rows)
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     figure, axes = plt.subplots(
@@ -77,7 +77,7 @@ def draw_comparison(section: Section, tasks: Mapping[str, Sequence[Row]], path: 
         tasks: rows of each task.
         path: picture to write.
     """
-    plt = _pyplot()
+    plt = pyplot()
     pairs = [
         (row, reference)
         for rows in tasks.values()
@@ -120,7 +120,7 @@ def draw_comparison(section: Section, tasks: Mapping[str, Sequence[Row]], path: 
     plt.close(figure)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -12,10 +12,9 @@ from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.modules import ProbabilisticActor, TanhNormal
-from torchrl.objectives import ClipPPOLoss
-from torchrl.objectives.value import GAE
+from torchrl.modules import TanhNormal
 
+from bench.learning.ppo_parts import PPONumbers, make_ppo
 from torchrl_recall import (
     BacktrackLoss,
     BacktrackModel,
@@ -43,25 +42,13 @@ EVALUATION_SEED = 1_000_003
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(PPONumbers):
     """All numbers of a run; frozen before the seeds that are reported."""
 
     maze: str = "u"
     step_size: float = 0.12
     max_steps: int = 100
-    num_envs: int = 64
-    rollout_steps: int = 32
     iterations: int = 28
-    # PPO
-    num_cells: int = 64
-    learning_rate: float = 1e-3
-    gamma: float = 0.98
-    lmbda: float = 0.95
-    epochs: int = 4
-    minibatch: int = 1024
-    clip: float = 0.2
-    entropy_coeff: float = 1e-2
-    max_grad_norm: float = 0.5
     # GoalGAN
     round_iterations: int = 4  # from one set of goals to the next
     goals_per_round: int = 60
@@ -167,22 +154,10 @@ class Run:
             head.bias.zero_()
         parameters = module(policy, NormalParamExtractor(), out=["loc", "scale"])
         self.policy = parameters.module
-        self.actor = ProbabilisticActor(
-            parameters,
-            in_keys=["loc", "scale"],
-            distribution_class=TanhNormal,
-            return_log_prob=True,
-        )
         self.critic = module(network(1), out=["state_value"])
-        self.advantage = GAE(gamma=s.gamma, lmbda=s.lmbda, value_network=self.critic)
-        self.loss = ClipPPOLoss(
-            self.actor,
-            self.critic,
-            clip_epsilon=s.clip,
-            entropy_coeff=s.entropy_coeff,
-            normalize_advantage=True,
+        self.actor, self.advantage, self.loss, self.optimizer = make_ppo(
+            parameters, self.critic, s, normalize_advantage=True
         )
-        self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=s.learning_rate)
 
     def _make_recall(self, seed: int) -> None:
         s = self.settings

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.learning import cost, store
+from bench.learning.continuous import step_profile
 from bench.learning.entry import Entry
 from bench.learning.figures import draw_comparison, draw_curves
 from bench.learning.suite import Section
-from bench.learning.tables import Row, exponents, made_by, table
+from bench.learning.tables import Row, comparisons, exponents, made_by, table
 
 READINGS = Path(__file__).parent / "readings"
 FIGURES = "figures"
@@ -26,6 +28,10 @@ its budget, so that ratios with such runs are lower bounds (≥). "P" is the pro
 of the one row beats one run of the other; ties count half. Seconds leave out evaluations, and
 depend on the machine and on what else it did.
 """
+DIFFERENCES = (
+    "Area under the curve, IQM [95 %], as a share of the score's range. Bold: above 0 with its "
+    "interval. †: a loss of more than .05 is not excluded."
+)
 
 
 def collect(entries: Sequence[Entry], folder: Path) -> dict[str, list[Row]]:
@@ -60,15 +66,18 @@ def report(
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     written, lines = [to / "RESULTS.md"], [HEAD]
     for section in sections:
-        tasks = {task: rows[task] for task in section.tasks if task in rows}
+        tasks = _of_section(rows, section)
         if not tasks:
             continue
         lines += [f"## {section.title}", "", *_reading(section.name)]
         for task, some in tasks.items():
-            if task not in shown:
+            if (task, section.algorithms) not in shown:
                 lines += [f"### {task}", "", f"Budget: {_budgets(some)}.", ""]
                 lines += [table(some, section), "", made_by(some), ""]
-            shown.add(task)
+            shown.add((task, section.algorithms))
+        if section.against:
+            lines += ["### Differences", "", DIFFERENCES, "", comparisons(tasks, section.against)]
+            lines.append("")
         if section.sizes:
             by_size = {
                 size: tasks[task]
@@ -83,6 +92,9 @@ def report(
                 written.append(path)
                 link = path.relative_to(to) if path.is_relative_to(to) else path
                 lines += [f"![{section.title}: {name}]({link})", ""]
+        measured = folder / section.profile
+        if section.profile and measured.exists():
+            lines += _profile(json.loads(measured.read_text()), folder, to, written)
     costs = folder / cost.FILE.name
     if costs.exists():
         measured = cost.table(json.loads(costs.read_text()))
@@ -90,6 +102,32 @@ def report(
     lines += _missing(entries, rows)
     written[0].write_text("\n".join(lines).rstrip() + "\n")
     return written
+
+
+def _profile(measured: dict[str, Any], folder: Path, to: Path, written: list[Path]) -> list[str]:
+    """Draw where a training step's time goes, and return what the report says of it."""
+    path = folder / FIGURES / "profile.png"
+    step_profile.draw(measured, path)
+    written.append(path)
+    link = path.relative_to(to) if path.is_relative_to(to) else path
+    lines = ["### Where a training step's time goes", ""]
+    for task, hosts in measured["tasks"].items():
+        lines += [f"- {task}: {'; '.join(step_profile.summary(hosts))}"]
+    made = (
+        f"*`python -m bench.learning.continuous.step_profile --steps {measured['steps']}`; commit "
+        f"{measured['commit']}; {measured['machine']}.*"
+    )
+    return [*lines, "", made, "", f"![Where a training step's time goes]({link})", ""]
+
+
+def _of_section(rows: dict[str, list[Row]], section: Section) -> dict[str, list[Row]]:
+    """Return the rows of each of a section's tasks and algorithms, where there are any."""
+    wanted = section.algorithms
+    found = {
+        task: [row for row in rows.get(task, ()) if not wanted or row.entry.algorithm in wanted]
+        for task in section.tasks
+    }
+    return {task: some for task, some in found.items() if some}
 
 
 def _reading(name: str) -> list[str]:
@@ -123,7 +161,7 @@ def in_readme(
     """Return the README's tables: of each section the rows that it names."""
     rows, parts = collect(entries, folder), []
     for section in sections:
-        for task in section.tasks:
+        for task in section.readme_tasks or section.tasks:
             some = [row for row in rows.get(task, ()) if row.entry.name in section.in_readme]
             if some:
                 parts += [f"{section.title}, `{task}`:", "", _brief(table(some, section)), ""]

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from bench.learning.entry import Entry
 
 # Each has `entries()`, which returns Entry objects, and `sections()`, which returns Section ones.
-MODULES = ("bench.learning.grids", "bench.learning.continuous")
+MODULES = (
+    "bench.learning.grids",
+    "bench.learning.continuous",
+    "bench.learning.continuous.off_policy_rows",
+    "bench.learning.mujoco",
+)
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,13 @@ class Section:
         reference: ``algorithm/variant`` that ratios and probabilities compare the others with, of
             each task that has it.
         in_readme: rows (``algorithm/variant``) that the README shows.
+        readme_tasks: the tasks whose tables it shows; empty: all.
         by_steps_to_solve: tables count the steps until solved; else the area under the curve.
         figures: whether there are figures; grids of settings have none.
         sizes: the tasks' sizes, to fit how the cost grows with them; empty: not fitted.
+        algorithms: the hosts whose rows it shows; empty: all.
+        against: pairs of variants, of which one table over tasks and hosts shows the differences.
+        profile: file among the results that says where a training step's time goes; empty: none.
     """
 
     name: str
@@ -35,9 +44,13 @@ class Section:
     tasks: tuple[str, ...]
     reference: tuple[str, ...]
     in_readme: tuple[str, ...] = ()
+    readme_tasks: tuple[str, ...] = ()
     by_steps_to_solve: bool = True
     figures: bool = True
     sizes: tuple[int, ...] = ()
+    algorithms: tuple[str, ...] = ()
+    against: tuple[tuple[str, str], ...] = ()
+    profile: str = ""
 
 
 def collect(modules: Sequence[str] = MODULES) -> list[Entry]:

@@ -13,6 +13,9 @@ from bench.learning.entry import Entry
 from bench.learning.measures import Array, Interval
 from bench.learning.suite import Section
 
+# The largest loss, as a share of the score's range, that passes for none.
+NO_HARM = 0.05
+
 
 @dataclass(frozen=True)
 class Row:
@@ -54,6 +57,14 @@ class Row:
         """How long the runs took."""
         return np.array([run["seconds"][-1] for run in self.runs])
 
+    @property
+    def gradient_steps(self) -> str:
+        """Mean of the gradient steps that the policy took; empty if no run has logged them."""
+        logged = [
+            run["log"]["gradient_steps"] for run in self.runs if "gradient_steps" in run["log"]
+        ]
+        return f"{np.mean(np.ravel(logged)):,.0f}" if logged else ""
+
     def shares(self, run: dict[str, Any]) -> Array:
         """Return a run's scores as shares of the score's range."""
         low, high = self.entry.definition.get("score_range", (0.0, 1.0))
@@ -79,7 +90,7 @@ def table(rows: Sequence[Row], section: Section) -> str:
         head = (
             "| | area under curve, IQM [95 %] | − reference [95 %] | P(better than reference) "
             "[95 %] | final score, IQM [95 %] | − reference [95 %] | solved | steps to solve, mean "
-            "| s/run |"
+            "| policy's gradient steps | s/run |"
         )
         lines = [_area_line(row, reference_of(row, rows, section)) for row in rows]
     return "\n".join([head, "|---" * head.count(" | ") + "|---|", *lines])
@@ -130,9 +141,38 @@ def _area_line(row: Row, reference: Row | None) -> str:
         by_final,
         f"{row.num_solved}/{len(row.runs)}",
         f"{row.costs.mean():,.0f}",
+        row.gradient_steps,
         f"{row.seconds.mean():.1f}",
     )
     return "| " + " | ".join(cells) + " |"
+
+
+def comparisons(tasks: Mapping[str, Sequence[Row]], pairs: Sequence[tuple[str, str]]) -> str:
+    """Return the differences of variants' areas under the curve, tasks and hosts by pairs.
+
+    Args:
+        tasks: rows of each task.
+        pairs: of variants; a row of the table is a task and host that has both of one pair.
+    """
+    head = "| task | host | " + " | ".join(f"{a} − {b}" for a, b in pairs).replace("_", " ") + " |"
+    lines = [head, "|---" * (len(pairs) + 2) + "|"]
+    for task, rows in tasks.items():
+        for algorithm in dict.fromkeys(row.entry.algorithm for row in rows):
+            of = {row.entry.variant: row for row in rows if row.entry.algorithm == algorithm}
+            cells = [_versus(of.get(one), of.get(other)) for one, other in pairs]
+            if any(cells):
+                lines.append(f"| {task} | {algorithm.upper()} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _versus(one: Row | None, other: Row | None) -> str:
+    if one is None or other is None:
+        return ""
+    found = measures.difference(one.areas, other.areas, f"{one.name} - {other.name}")
+    text = show(found, "{:+.3f}")
+    if found.low > 0:
+        return f"**{text}**"
+    return text + (" †" if found.low < -NO_HARM else "")
 
 
 def show(found: Interval, form: str) -> str:

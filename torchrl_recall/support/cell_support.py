@@ -17,10 +17,10 @@ from torchrl_recall.model.observation import ObservationCodec
 from torchrl_recall.state_reading import (
     check_positive,
     check_state_size,
+    finite_rows,
     read_states,
     stored_data,
     to_cells,
-    usable_rows,
 )
 from torchrl_recall.support.data_support import Keys
 
@@ -187,7 +187,7 @@ class CellSupport:
             if self._size is None:
                 self._size = states.shape[-1]
             check_state_size(states, self._size)
-            visited = self._joined(visited, self._code(states[usable_rows(part, states)]))
+            visited = self._joined(visited, self._code(states[finite_rows(part, states)]))
         self._visited = visited
         return self
 

@@ -19,9 +19,9 @@ from torchrl_recall.model import BacktrackModel
 from torchrl_recall.state_reading import (
     check_positive,
     check_state_size,
+    finite_rows,
     read_states,
     stored_data,
-    usable_rows,
 )
 
 # Distances computed at a time, which bounds the memory.
@@ -64,7 +64,8 @@ class DataSupport:
         cell_size (float, optional): draw references evenly over where the data have been instead of
             as often as they were there: one from each cell of this edge, in standard deviations,
             before ``num_references`` of them are drawn. Data of a learner crowd around its start,
-            and what is rare, such as a frontier, would seldom be among the references.
+            and what is rare, such as a frontier, would seldom be among the references. Each `fit`
+            then reads all of its data: of a large buffer give it a part, each place as often.
         generator (torch.Generator, optional): draws the references, on the CPU. By default an own
             one, seeded from torch's.
 
@@ -281,7 +282,7 @@ def _kept_rows(
         place = torch.unravel_index(part, shape)
         rows = source[tuple(coordinate.to(source.device or "cpu") for coordinate in place)]
         states = read_states(rows, keys)
-        found.append(states[usable_rows(rows, states)][:missing])
+        found.append(states[finite_rows(rows, states)][:missing])
         missing -= len(found[-1])
         if missing == 0:
             break

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torchrl_recall import RecallTraceLoss
 
 
-class SelfImitation:
+class Control:
+    """A control that adds to rewards or to the loss, and does nothing afterwards."""
+
+    def finish(self) -> None:
+        """Do nothing after an update."""
+
+
+class SelfImitation(Control):
     """Self-imitation learning: real steps whose return beats the critic.
 
     ``max(R - V, 0) · -log π + 0.5 · value_coeff · max(R - V, 0)²`` on steps drawn with priority
@@ -63,7 +70,7 @@ class SelfImitation:
         return self.coeff * (policy + 0.5 * self.value_coeff * gap.square().mean())
 
 
-class BestTrajectories:
+class BestTrajectories(Control):
     """Imitation of the real episodes of highest return, without a model.
 
     Args:
@@ -102,7 +109,7 @@ class BestTrajectories:
         return self.imitation(TensorDict({"trace": trace}, [1]))["loss_imitation"]
 
 
-class CountBonus:
+class CountBonus(Control):
     """Reward ``coeff / sqrt(visits)`` of the cell that a step leads into.
 
     Args:
@@ -136,7 +143,7 @@ class CountBonus:
         return None
 
 
-class NoveltyBonus:
+class NoveltyBonus(Control):
     """Random network distillation: reward for states whose random features are not yet known.
 
     Args:

@@ -1,13 +1,16 @@
-"""Time of an iteration with and without recall traces: `python -m bench.learning.continuous.cost`.
+"""Time of a run with and without recall traces: `python -m bench.learning.continuous.cost`.
 
 Both learners are in one process and take turns, iteration by iteration, so that what else the
-machine does meets both; processor time is counted. Results go to
+machine does meets both; processor time is counted. Whole runs are timed: traces cost most at first,
+while the model has everything to learn and the critic expects nothing. Results go to
 ``bench/results/learning/cost_continuous.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,53 +25,56 @@ from bench.learning.continuous.tasks import TASKS
 from bench.learning.continuous.variants import VARIANTS, settings_of
 from bench.result_files import write_result
 
+RECALLS = ["traces", "cheap"]
 FILE = store.FOLDER / "cost_continuous.json"
-WARM_UP = 2
 
 
-def measure(task_name: str, turns: int) -> dict[str, Any]:
-    """Time iterations of both learners on a task.
+def measure(task_name: str, variant_name: str = "traces", seed: int = 2000) -> dict[str, Any]:
+    """Time all iterations of both learners on a task.
 
     Args:
         task_name: of the task.
-        turns: iterations of each learner that count.
+        variant_name: of the learner with traces.
+        seed: of both.
 
     Returns:
-        Median seconds by learner, the median of the turns' ratios, and their quartiles.
+        Median seconds of an iteration by learner, the ratio of the runs' times, and the median and
+        the quartiles of the turns' ratios.
     """
-    task, variant = TASKS[task_name], VARIANTS["traces"]
+    task, variant = TASKS[task_name], VARIANTS[variant_name]
     guide: Any = variant.guide
     hosts = {
-        "without": PPO(task, 0),
-        "with": PPO(task, 0, partial(guide, **settings_of(task, variant))),
+        "without": PPO(task, seed),
+        "with": PPO(task, seed, partial(guide, **settings_of(task, variant))),
     }
     times: dict[str, list[float]] = {name: [] for name in hosts}
-    for turn in range(WARM_UP + turns):
+    for _ in range(hosts["with"].iterations):
         for name, host in hosts.items():
             began = time.process_time()
             host.iterate()
-            if turn >= WARM_UP:
-                times[name].append(time.process_time() - began)
+            times[name].append(time.process_time() - began)
     ratios = [b / a for a, b in zip(times["without"], times["with"], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
+    low, middle, high = statistics.quantiles(ratios, n=4)
     return {
         "seconds": {name: round(statistics.median(found), 4) for name, found in times.items()},
-        "ratio": round(statistics.median(ratios), 3),
-        "quartiles": [round(low, 3), round(high, 3)],
+        "ratio": round(sum(times["with"]) / sum(times["without"]), 3),
+        "iterations": {"median": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]},
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write."""
+    """Measure and write; tasks that are not measured anew keep what is there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--variants", nargs="+", choices=RECALLS, default=RECALLS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     made = store.provenance()
-    tasks = {name: measure(name, options.turns) for name in TASKS}
-    write_result(FILE, {"turns": options.turns, "tasks": tasks, **made})
-    for name, found in tasks.items():
-        print(name, found)
+    tasks = json.loads(FILE.read_text())["tasks"] if FILE.exists() else {}
+    for name, variant in itertools.product(options.tasks, options.variants):
+        found = tasks.setdefault(name, {})[variant] = {**measure(name, variant), **made}
+        print(name, variant, found)
+    write_result(FILE, {"tasks": {name: tasks[name] for name in TASKS if name in tasks}})
     return 0
 
 

@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data.replay_buffers.samplers import Sampler
 
 
 class History:
@@ -19,11 +20,17 @@ class History:
     Args:
         size: steps that are to fit.
         keys: of the observations; action, reward and ends are kept beside them.
+        sampler: how the buffer draws; None: evenly.
+        batch_size: how many it draws at a time.
     """
 
-    def __init__(self, size: int, keys: tuple[str, ...]) -> None:
-        self.keys = keys
-        self.buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(size), batch_size=1)
+    def __init__(
+        self, size: int, keys: tuple[str, ...], sampler: Sampler | None = None, batch_size: int = 1
+    ) -> None:
+        self.size, self.keys = size, keys
+        self.buffer = TensorDictReplayBuffer(
+            storage=LazyTensorStorage(size), sampler=sampler, batch_size=batch_size
+        )
         self.shape = torch.Size([1, 1])
 
     def extend(self, data: TensorDictBase) -> None:

@@ -10,12 +10,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
-from torchrl.modules import ProbabilisticActor, TanhNormal
-from torchrl.objectives import ClipPPOLoss
-from torchrl.objectives.value import GAE
 
 from bench.learning.continuous.history import History
 from bench.learning.continuous.tasks import Task
+from bench.learning.ppo_parts import make_ppo
 
 # Far from every training seed, so that evaluation shares no draws with any of them.
 EVALUATION_SEED = 1_000_003
@@ -33,6 +31,10 @@ class Guide(Protocol):
 
     def loss(self) -> Tensor | None:
         """Return what is added to the host's loss at a gradient step."""
+        ...
+
+    def finish(self) -> None:
+        """Do what comes after the host has learnt from the rollout."""
         ...
 
 
@@ -92,7 +94,8 @@ class PPO:
         self.env = task.make(s.num_envs, seed)
         self.test = (task.test or task.make)(task.num_tests, EVALUATION_SEED)
         env: Any = self.env
-        self.state: TensorDictBase = env._reset()
+        # A transformed environment adds the ends, which no step begins with.
+        self.state: TensorDictBase = env._reset().exclude("done", "terminated", "truncated")
         size = self.env.action_spec.shape[-1]
         self.critic_keys = task.critic_keys or task.keys
         self.policy = policy = Scaled(
@@ -105,27 +108,19 @@ class PPO:
             with torch.no_grad():
                 head.weight *= 0.01
                 head.bias.zero_()
-        self.actor = ProbabilisticActor(
-            TensorDictModule(policy, list(task.keys), ["loc", "scale"]),
-            in_keys=["loc", "scale"],
-            distribution_class=TanhNormal,
-            return_log_prob=True,
-        )
         self.critic = TensorDictModule(value, list(self.critic_keys), ["state_value"])
-        self.advantage = GAE(gamma=s.gamma, lmbda=s.lmbda, value_network=self.critic)
-        self.ppo_loss = ClipPPOLoss(
-            self.actor,
+        self.actor, self.advantage, self.ppo_loss, self.optimizer = make_ppo(
+            TensorDictModule(policy, list(task.keys), ["loc", "scale"]),
             self.critic,
-            clip_epsilon=s.clip,
-            entropy_coeff=s.entropy_coeff,
+            s,
             # Where there is no reward yet, normalised advantages are noise, blown up.
             normalize_advantage=False,
         )
-        self.optimizer = torch.optim.Adam(self.ppo_loss.parameters(), lr=s.learning_rate)
         frames = s.num_envs * s.rollout_steps
         self.iterations = self.budget // frames
         self.history = History(frames * self.iterations, self._stored_keys())
         self.log: dict[str, list[float]] = {}
+        self.gradient_steps = 0  # of the policy
         self.guide = None if make_guide is None else make_guide(self)
 
     def _stored_keys(self) -> tuple[str, ...]:
@@ -149,6 +144,7 @@ class PPO:
                 steps.append(iteration * frames)
                 score.append(self.evaluate())
                 seconds.append(round(watch, 3))
+        self.note("gradient_steps", self.gradient_steps)
         solved = [at for at, value in zip(steps, score, strict=True) if value >= SOLVED]
         return {
             "steps": steps,
@@ -165,6 +161,8 @@ class PPO:
         if self.guide is not None:
             self.guide.update(data)
         self._learn(data)
+        if self.guide is not None:
+            self.guide.finish()
 
     @torch.no_grad()
     def _collect(self) -> TensorDictBase:
@@ -194,6 +192,7 @@ class PPO:
                 total.backward()
                 nn.utils.clip_grad_norm_(self.ppo_loss.parameters(), s.max_grad_norm)
                 self.optimizer.step()
+                self.gradient_steps += 1
 
     @torch.no_grad()
     def evaluate(self) -> float:

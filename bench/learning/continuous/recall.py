@@ -9,8 +9,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from bench.learning.continuous.cells import Cells
 from bench.learning.continuous.history import History
 from torchrl_recall import BacktrackLoss, BacktrackModel, BacktrackTransform, RecallTraceLoss
+from torchrl_recall.imitation.weights import returns_along
 from torchrl_recall.starts import FrontierStarts
 from torchrl_recall.support.data_support import DataSupport
 from torchrl_recall.trace_masks import LastVisitRadius
@@ -21,21 +23,25 @@ class RecallSettings:
     """Numbers of recall traces and of their control, the real past."""
 
     num_traces: int = 32
-    trace_steps: int = 40
-    model_steps: int = 20
+    trace_steps: int = 60
+    model_steps: int = 4
     model_batch: int = 512
     model_cells: int = 64
     model_rate: float = 3e-3
     lowest_log_scale: float = -3.0  # of a change of state, in standard deviations
-    even_share: float = 1.0  # of the model's batches: evenly over visited cells
-    even_cell: float = 0.25
-    first_model_steps: int = 100  # at the first update, beside the others
-    imitation_coeff: float = 0.3
+    even_cell: float = 0.1  # rows are drawn evenly over visited cells, in units of the inputs
+    first_model_steps: int = 50  # divided by the number of fits so far, beside the others
+    imitation_steps: int = 12  # after each update of the host
+    imitation_batch: int = 256
+    imitation_rate: float = 3e-3
+    gate: bool = True  # steps count by what the critic does not expect yet
+    num_choices: int = 4  # rewarded states, of which the best starts a trace
     hold: int = 2
     radius: float = 0.25  # of last visit, in standard deviations
-    num_references: int = 1024
+    num_references: int = 512
     num_candidates: int = 4
-    support_cell: float | None = 0.15  # in standard deviations; None: no support
+    support_cell: float = 0.15  # one reference of each, in standard deviations
+    support: bool = True
     num_targets: int = 4
     frontier: bool = True  # before the first reward
     until_reward: bool = True
@@ -50,6 +56,7 @@ class RewardedStarts:
 
     def __init__(self, history: History) -> None:
         self.history = history
+        self.drawn: Tensor | None = None  # rows of the last call
 
     def rows(self, count: int, generator: torch.Generator) -> Tensor | None:
         """Draw rows whose step was rewarded; None: there are none."""
@@ -59,7 +66,7 @@ class RewardedStarts:
         return found[torch.randint(len(found), (count,), generator=generator)]
 
     def __call__(self, tensordict: TensorDictBase, generator: torch.Generator) -> TensorDictBase:
-        rows = self.rows(tensordict.shape.numel(), generator)
+        rows = self.drawn = self.rows(tensordict.shape.numel(), generator)
         any_row = torch.zeros(tensordict.shape, dtype=torch.int64) if rows is None else rows
         states: Any = self.history.data["next"]
         after = states.select(*self.history.keys)[any_row]
@@ -67,21 +74,62 @@ class RewardedStarts:
         return after.set(("collector", "mask"), kept)
 
 
-class RecallTraces:
-    """Traces of the model, imitated beside the host's loss.
+class BestRewardedStarts(RewardedStarts):
+    """Starts each trace from that of some rewarded states which the critic values most.
 
     Args:
-        host: the learner, with ``env``, ``actor``, ``history``, ``task``, ``seed`` and ``note``.
+        host: the learner, with ``history``, ``critic``, ``critic_keys`` and ``settings.gamma``.
+        num_choices: how many are drawn for each trace.
+    """
+
+    def __init__(self, host: Any, num_choices: int) -> None:
+        super().__init__(host.history)
+        self.host, self.num_choices = host, num_choices
+        self.reached: Tensor | None = None  # return of the step into each start of the last call
+
+    @torch.no_grad()
+    def rows(self, count: int, generator: torch.Generator) -> Tensor | None:
+        """Draw rows whose step was rewarded; None: there are none."""
+        drawn = super().rows(count * self.num_choices, generator)
+        if drawn is None:
+            return None
+        after: Any = self.history.data["next"][drawn]
+        following = self.host.critic(after.select(*self.host.critic_keys))["state_value"]
+        following = torch.where(after["terminated"], 0.0, following)
+        gain = after["reward"] + self.host.settings.gamma * following
+        self.reached, best = gain.view(count, -1).max(1)
+        return drawn.view(count, -1).gather(1, best.unsqueeze(1))[:, 0]
+
+
+def given_weight(
+    trace: TensorDictBase, tensordict: TensorDictBase, kept: Tensor, keys: Any
+) -> Tensor:
+    """Weigh the steps of a trace as its own entry says."""
+    return trace["weight"]
+
+
+class RecallTraces:
+    """Traces of the model, imitated after each update of the host by steps of its own.
+
+    The imitation has its own optimizer: in the host's, its gradients would swell the moments that
+    the host's own steps are divided by. Its steps are as long as the traces are open: as the mean
+    over kept steps of ``w = max(1 - V(s_t) / R_t, 0)``, the share of the trace's return that the
+    host's critic does not expect yet. Where the policy gets there by itself, they vanish.
+
+    Args:
+        host: the learner, with ``env``, ``actor``, ``critic``, ``history``, ``task``, ``seed``,
+            ``settings.gamma`` and ``note``.
         settings: the numbers.
     """
 
     def __init__(self, host: Any, settings: RecallSettings) -> None:
         self.host, self.settings, self.history = host, settings, host.history
         s, task, seed = settings, host.task, host.seed
-        keys = list(task.keys)
+        self.keys = list(dict.fromkeys([*task.keys, *host.critic_keys]))
         self.generator = torch.Generator().manual_seed(seed + 4)
-        self.imitation = RecallTraceLoss(host.actor, imitation_coeff=s.imitation_coeff)
-        self.rewarded = RewardedStarts(self.history)
+        self.imitation = RecallTraceLoss(host.actor, weight=given_weight, normalize_weights=True)
+        self.optimizer = torch.optim.Adam(host.actor.parameters(), lr=s.imitation_rate, fused=True)
+        self.rewarded = BestRewardedStarts(host, s.num_choices)
         self.starts: Any = self.rewarded
         if s.frontier:
             self.starts = FrontierStarts(
@@ -90,10 +138,15 @@ class RecallTraces:
                 num_targets=s.num_targets,
                 then=self.rewarded,
                 until_reward=s.until_reward,
-                observation_keys=keys,
+                observation_keys=self.keys,
                 rarity_keys=list(task.rarity_keys) or None,
             )
+        inputs = [task.inputs[key] for key in task.rarity_keys or self.keys]
+        shift, scale = (torch.tensor(sum((x[i] for x in inputs), ())) for i in (0, 1))
+        self.cells = Cells(shift, scale, s.even_cell)
         self.batch: TensorDictBase | None = None
+        self.open = 1.0
+        self._fits = 0
         self._make_source()
 
     def _make_source(self) -> None:
@@ -101,78 +154,108 @@ class RecallTraces:
         self.model = BacktrackModel.from_env(
             host.env,
             num_cells=(s.model_cells, s.model_cells),
-            observation_keys=list(host.task.keys),
+            observation_keys=self.keys,
             stop=False,
             # Dynamics without noise: without a floor the likelihood's peaks throw the model off.
             delta_log_scale_range=(s.lowest_log_scale, 2.0),
         )
         self.model_loss = BacktrackLoss(self.model)
-        self.model_optimizer = torch.optim.Adam(self.model.parameters(), lr=s.model_rate)
-        self.support: DataSupport | None = None
-        if s.support_cell is not None:
-            self.support = DataSupport(
-                self.model,
-                num_references=s.num_references,
-                cell_size=s.support_cell,
-                generator=torch.Generator().manual_seed(host.seed + 3),
-            )
+        self.model_optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=s.model_rate, fused=True
+        )
+        self.support = DataSupport(
+            self.model,
+            num_references=s.num_references,
+            cell_size=s.support_cell,
+            generator=torch.Generator().manual_seed(host.seed + 3),
+        )
         self.transform = BacktrackTransform(
             self.model,
             num_steps=s.trace_steps,
             last_visit=False,
             start=self.starts,
-            masks=[LastVisitRadius(s.radius, scale=self.model, in_keys=list(host.task.keys))],
-            support=self.support,
+            masks=[LastVisitRadius(s.radius, scale=self.model, in_keys=self.keys)],
+            support=self.support if s.support else None,
             num_candidates=s.num_candidates,
             generator=self.generator,
         )
 
     def update(self, data: TensorDictBase) -> None:
-        """Fit the model and walk back anew."""
+        """Fit the model and walk back anew, before the host learns from a rollout."""
+        keys = self.host.task.rarity_keys or self.keys
+        self.cells.add(torch.cat([data["next", key] for key in keys], -1).flatten(0, -2))
         trace = self._traces()
-        self.host.note("trace_kept", trace["collector", "mask"].float().mean())
-        self.batch = TensorDict({"trace": trace}, trace.shape[:1])
+        self.batch = None
+        kept = trace["collector", "mask"]
+        self.host.note("trace_kept", kept.float().mean())
+        rows = kept.nonzero(as_tuple=True)
+        if not len(rows[0]):
+            return
+        trace["weight"] = self._weight(trace)
+        steps: Any = trace.select(*self.host.task.keys, "action", "weight")[rows]
+        self.open = float(steps["weight"].mean())
+        self.host.note("trace_open", self.open)
+        self.batch = steps
+
+    @torch.no_grad()
+    def _weight(self, trace: TensorDictBase) -> Tensor:
+        """Return how much each step counts, ``[B, T]``."""
+        before_reward = self.settings.frontier and not self.starts.found
+        if before_reward or not self.settings.gate:
+            return torch.ones(trace.shape)
+        gamma, reached = self.host.settings.gamma, self.rewarded.reached
+        assert reached is not None
+        before = returns_along(reached, trace.shape[-1] - 1, gamma)
+        promised = torch.cat([before, reached.unsqueeze(-1)], -1)
+        value = self.host.critic(trace.select(*self.host.critic_keys))["state_value"][..., 0]
+        gap = (promised - value).clamp_min(0) / promised.clamp_min(1e-6)
+        return gap.clamp_max(1.0)
 
     def loss(self) -> Tensor | None:
-        """Return the imitation of the traces."""
-        return None if self.batch is None else self.imitation(self.batch)["loss_imitation"]
+        """Nothing is added to the host's loss."""
+        return None
+
+    def finish(self) -> None:
+        """Imitate, after the host has learnt from the rollout."""
+        if self.batch is None:
+            return
+        s = self.settings
+        steps = round(s.imitation_steps * self.open)
+        drawn = torch.randint(len(self.batch), (steps, s.imitation_batch), generator=self.generator)
+        for rows in drawn:
+            batch = TensorDict({"trace": self.batch[rows].unsqueeze(0)}, [1])
+            loss = self.imitation(batch)["loss_imitation"]
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        # The host's next gradients are to be its own.
+        self.optimizer.zero_grad()
+        self.host.gradient_steps += steps
 
     def _traces(self) -> TensorDictBase:
         self.fit()
-        if self.support is not None:
-            self.support.fit(self.history.buffer)
+        # Each row once: repeats would make the data look denser than they are.
+        rows = self._even(4 * self.settings.num_references).unique()
+        self.support.fit(self.history.data["next"].select(*self.keys)[rows])
         return self.transform(TensorDict({}, [self.settings.num_traces]))["trace"]
+
+    def _even(self, number: int) -> Tensor:
+        return self.cells.draw(number, self.generator)
 
     def fit(self) -> None:
         """Take the model's gradient steps of one update."""
         s = self.settings
-        steps = s.model_steps + (s.first_model_steps if self.batch is None else 0)
-        data = self.history.data
-        rows = torch.randint(len(data), (steps, s.model_batch), generator=self.generator)
-        even = round(s.even_share * s.model_batch)
-        if even:
-            weight = 1 / self._crowd().double()
-            drawn = torch.multinomial(weight, steps * even, True, generator=self.generator)
-            rows[:, :even] = drawn.view(steps, even)
-        for batch in rows:
-            loss = self.model_loss(data[batch])["loss_backtrack"]
+        # In proportion to the share of the data that is new.
+        self._fits += 1
+        steps = s.model_steps + round(s.first_model_steps / self._fits)
+        keys = [*self.keys, "action", *(("next", key) for key in self.keys)]
+        rows = self._even(steps * s.model_batch)
+        data: Any = self.history.data.select(*keys)[rows]
+        for batch in data.split(s.model_batch):
+            loss = self.model_loss(batch)["loss_backtrack"]
             self.model_optimizer.zero_grad()
             loss.backward()
             self.model_optimizer.step()
-
-    def _crowd(self) -> Tensor:
-        """Return how many rows share each row's cell, ``[N]``."""
-        data = self.history.data["next"]
-        keys = self.host.task.rarity_keys or self.host.task.keys
-        state = torch.cat([data[key] for key in keys], -1)
-        cells = (state / state.std(0).clamp_min(1e-4) / self.settings.even_cell).floor().long()
-        # One number for each cell: sorting numbers is much faster than sorting rows.
-        cells -= cells.amin(0)
-        code = torch.zeros_like(cells[:, 0])
-        for column in cells.unbind(1):
-            code = code * (int(column.max()) + 1) + column
-        _, which, count = code.unique(return_inverse=True, return_counts=True)
-        return count[which]
 
 
 class RealPast(RecallTraces):
@@ -187,7 +270,7 @@ class RealPast(RecallTraces):
         data = history.data
         found = start.get(("collector", "mask"), torch.ones(s.num_traces, dtype=torch.bool))
         # A start is one of the seen states: this finds its row, at distance 0.
-        keys = list(self.host.task.keys)
+        keys = self.keys
         seen = torch.cat([data["next", key] for key in keys], -1)
         state = torch.cat([start[key] for key in keys], -1)
         distinct, which = state.unique(dim=0, return_inverse=True)

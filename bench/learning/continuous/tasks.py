@@ -11,24 +11,17 @@ from torchrl.envs import EnvBase
 
 from bench.learning.continuous.half_cheetah import SparseHalfCheetahEnv
 from bench.learning.continuous.mountain_car import SparseMountainCarEnv
+from bench.learning.continuous.point_maze_robotics import RoboticsPointMazeEnv
+from bench.learning.ppo_parts import PPONumbers
 from torchrl_recall.envs import PointMazeEnv
 
 
 @dataclass(frozen=True)
-class PPOSettings:
+class PPOSettings(PPONumbers):
     """Numbers of the PPO host, the same for all its variants."""
 
-    num_envs: int = 64
-    rollout_steps: int = 32
-    num_cells: int = 64
     learning_rate: float = 3e-3
-    gamma: float = 0.98
-    lmbda: float = 0.95
-    epochs: int = 4
-    minibatch: int = 1024
-    clip: float = 0.2
     entropy_coeff: float = 1e-3
-    max_grad_norm: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,7 @@ class Task:
             before the networks.
         critic_keys: what the critic reads; empty is the same.
         rarity_keys: on which keys the frontier is measured; empty is all of them.
-        recall: what is changed of `RecallSettings`.
+        tuned: of controls, by variant, the options tuned for this task; traces have one recipe.
         variants: the rows that are run.
         mujoco: whether MuJoCo makes it, where fewer seeds are run.
         score: ``"success"``, share of episodes with success; ``"reward"``, reward of an episode
@@ -64,8 +57,8 @@ class Task:
     num_tests: int = 32
     rarity_keys: tuple[str, ...] = ()
     score: str = "success"
-    recall: dict[str, Any] = field(default_factory=dict)
-    variants: tuple[str, ...] = ("plain", "traces", "real_past", "sil", "count", "best")
+    tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    variants: tuple[str, ...] = ("plain", "traces", "cheap", "real_past", "sil", "count", "best")
     mujoco: bool = False
     ppo: PPOSettings = field(default_factory=PPOSettings)
 
@@ -94,6 +87,11 @@ def make_cheetah(count: int, seed: int, **options: Any) -> SparseHalfCheetahEnv:
     return SparseHalfCheetahEnv((count,), seed=seed, **options)
 
 
+def make_point(count: int, seed: int, **options: Any) -> RoboticsPointMazeEnv:
+    """Return ``count`` points in a maze of gymnasium-robotics."""
+    return RoboticsPointMazeEnv((count,), seed=seed, **options)
+
+
 def _maze_task(name: str, budget: int, maze: Any, height: int, width: int, **options: Any) -> Task:
     maze_options = {"maze": maze, "step_size": 0.25} | options.pop("maze_options")
     return Task(
@@ -105,6 +103,20 @@ def _maze_task(name: str, budget: int, maze: Any, height: int, width: int, **opt
         **options,
     )
 
+
+# Two by two rooms of 3 x 3 cells, four doors.
+ROOMS = (
+    "#########",
+    "#   #  G#",
+    "#       #",
+    "#   #   #",
+    "## ### ##",
+    "#   #   #",
+    "#       #",
+    "#S  #   #",
+    "#########",
+)
+OPEN = ("#####", "#  G#", "#   #", "#S  #", "#####")
 
 TASKS = {
     task.name: task
@@ -118,9 +130,45 @@ TASKS = {
             5,
             maze_options={"max_steps": 5, "start": "any"},
             test=partial(make_maze, maze="u", step_size=0.25, max_steps=60),
-            # Goals are found at once: long traces, to where fragments do not begin.
-            recall={"trace_steps": 100, "imitation_coeff": 1.0},
-            variants=("plain", "traces", "real_past", "sil"),
+            variants=("plain", "traces", "cheap", "real_past", "sil"),
+        ),
+        _maze_task(
+            "fragments_noise",
+            40_960,
+            "u",
+            5,
+            5,
+            maze_options={"max_steps": 5, "start": "any", "noise": 0.3},
+            test=partial(make_maze, maze="u", step_size=0.25, max_steps=60, noise=0.3),
+            variants=("plain", "traces", "cheap", "real_past"),
+        ),
+        _maze_task(
+            "rooms",
+            61_440,
+            ROOMS,
+            9,
+            9,
+            maze_options={"max_steps": 120},
+            variants=("plain", "traces", "cheap", "real_past", "sil", "count"),
+        ),
+        # These two PPO solves by itself: here traces are to do no harm.
+        _maze_task(
+            "u_maze_any",
+            40_960,
+            "u",
+            5,
+            5,
+            maze_options={"max_steps": 60, "start": "any"},
+            variants=("plain", "traces", "cheap", "real_past"),
+        ),
+        _maze_task(
+            "open",
+            40_960,
+            OPEN,
+            5,
+            5,
+            maze_options={"max_steps": 60},
+            variants=("plain", "traces", "cheap", "real_past"),
         ),
         Task(
             name="mountain_car",
@@ -128,6 +176,18 @@ TASKS = {
             budget=65_536,
             keys=("observation",),
             inputs={"observation": ((-0.3, 0.0), (0.9, 0.07))},
+            variants=("plain", "traces", "cheap", "real_past", "count"),
+            ppo=PPOSettings(num_envs=16, rollout_steps=128, gamma=0.99, minibatch=512),
+        ),
+        Task(
+            name="point_maze",
+            make=make_point,
+            budget=98_304,
+            keys=("observation",),
+            inputs={"observation": ((0.0,) * 4, (2.0, 2.0, 5.0, 5.0))},
+            mujoco=True,
+            variants=("plain", "traces", "cheap", "real_past", "count"),
+            num_tests=16,
             ppo=PPOSettings(num_envs=16, rollout_steps=128, gamma=0.99, minibatch=512),
         ),
         Task(
@@ -144,8 +204,7 @@ TASKS = {
             rarity_keys=("position",),
             score="reward",
             mujoco=True,
-            recall={"support_cell": None, "trace_steps": 15, "hold": 1, "imitation_coeff": 0.03},
-            variants=("plain", "traces", "real_past", "sil", "count"),
+            variants=("plain", "traces", "cheap", "real_past", "sil", "count"),
             num_tests=16,
             ppo=PPOSettings(num_envs=16, rollout_steps=128, gamma=0.99, minibatch=512),
         ),

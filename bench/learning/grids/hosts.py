@@ -197,9 +197,18 @@ class CellFeatures(nn.Module):
 
 
 class DQN:
-    """Double DQN with uniform or prioritised replay."""
+    """Double DQN with uniform or prioritised replay.
 
-    def __init__(self, env: FourRoomsEnv, settings: DQNSettings, budget: int) -> None:
+    Args:
+        env: the mazes, read for their size and goal.
+        settings: of the algorithm.
+        budget: environment steps of a run.
+        rows_per_step: how often a step is stored, each time with another goal.
+    """
+
+    def __init__(
+        self, env: FourRoomsEnv, settings: DQNSettings, budget: int, rows_per_step: int = 1
+    ) -> None:
         self.settings, self.size = settings, env.size
         features = CellFeatures(env.size, 1 + settings.goals)
         layers = MLP(
@@ -222,9 +231,10 @@ class DQN:
         self.recall_loss = RecallTraceLoss(
             self.actor, loss_function="margin", margin=settings.margin
         )
-        capacity = budget + settings.num_envs * settings.rollout
+        # Nothing is dropped within a run.
+        capacity = (budget + settings.num_envs * settings.rollout) * rows_per_step
         self.buffer = TensorDictReplayBuffer(
-            storage=LazyTensorStorage(capacity * (5 if settings.goals else 1)),
+            storage=LazyTensorStorage(capacity),
             sampler=PrioritizedSampler(capacity, alpha=settings.alpha, beta=settings.beta)
             if settings.alpha
             else RandomSampler(),

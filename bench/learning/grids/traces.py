@@ -45,18 +45,15 @@ class TracesSettings:
     model_batch: int = 256
     model_cells: int = 64
     model_learning_rate: float = 1e-3
-    frontier: float = 0.02
-    """Share of the rarest transitions that traces start from before the first reward."""
+    frontier: int = 64
+    """Before the first reward traces start from this many transitions, those of rarest ends."""
+    frontier_share: float | None = None
+    """A share of all stored transitions instead, which grows with them."""
+    ranked_by: Literal["end", "begin"] = "end"
+    """Whose visits say how rare a transition is: those of the cell it ends or begins in."""
     top: float = 0.05
     """Share of the states of highest value, for ``start="value"``."""
     num_best: int = 64
-
-
-@dataclass(frozen=True)
-class FocusedSettings(TracesSettings):
-    """The frontier is a number of the rarest transitions, however many are stored."""
-
-    frontier_rows: int = 64
 
 
 class Traces:
@@ -70,7 +67,7 @@ class Traces:
         self.num_steps = settings.trace_length * env.size
         block = self.num_envs * self.rollout
         storage = LazyTensorStorage(budget + block)
-        self.sampler = ValuePrioritizedSampler(budget + block, top=settings.frontier)
+        self.sampler = ValuePrioritizedSampler(budget + block, top=1.0)
         self.goal = None
         if settings.start == "known":
             self.goal = env.goal.expand(settings.num_traces, 2)
@@ -128,7 +125,7 @@ class Traces:
                 self.optimizer.step()
 
     def _set_values(self, data: Rollout) -> None:
-        """Value of a stored transition: its reward, or before the first one how rare its start."""
+        """Value of a stored transition: its reward, or before the first one how rare its end."""
         if self.settings.start == "known":
             return
         stored = self.buffer.storage[:]
@@ -142,9 +139,11 @@ class Traces:
             return
         size = self.env.size
         self.visits += torch.from_numpy(data.next_cell).flatten().bincount(minlength=size**2)
-        if isinstance(self.settings, FocusedSettings):
-            self.sampler.top = min(1.0, self.settings.frontier_rows / self.num_stored)
-        cell = stored["observation"]
+        # Half a row less, so that rounding up gives the number to the row.
+        share = (self.settings.frontier - 0.5) / self.num_stored
+        self.sampler.top = self.settings.frontier_share or min(1.0, share)
+        ranked = stored["next"] if self.settings.ranked_by == "end" else stored
+        cell = ranked["observation"]
         self.sampler.refresh(-self.visits[cell[:, 0] * size + cell[:, 1]].float())
 
     @torch.no_grad()
@@ -202,6 +201,16 @@ class Traces:
             list(index.shape),
         )
         return TensorDict({"trace": trace}, [len(index)])
+
+
+def only_kept(sample: TensorDictBase) -> TensorDictBase:
+    """Return the kept steps of traces alone, one a trace: the same mean over fewer rows."""
+    trace = sample["trace"]
+    kept = trace["collector", "mask"]
+    if kept.all() or not kept.any():
+        return sample
+    steps = trace.select("observation", "action", ("collector", "mask"))[kept]
+    return TensorDict({"trace": steps.unsqueeze(1)}, steps.shape)
 
 
 def is_last_visit(observation: Tensor, end: Tensor, real: Tensor, size: int) -> Tensor:

@@ -21,7 +21,7 @@ from bench.learning.grids.real import (
     SelfImitationSettings,
 )
 from bench.learning.grids.task import SOLVED, Task, success
-from bench.learning.grids.traces import Traces, TracesSettings
+from bench.learning.grids.traces import Traces, TracesSettings, only_kept
 from bench.learning.grids.walker import Rollout, Walker
 
 EVERY = 0.01  # evaluations are this share of the steps so far apart, or a rollout
@@ -50,7 +50,8 @@ class Learner:
     def __init__(self, task: Task, recipe: Recipe, budget: int) -> None:
         env = task.data(recipe.host.num_envs)
         if isinstance(recipe.host, DQNSettings):
-            self.host = DQN(env, recipe.host, budget)
+            goals = 0 if recipe.hindsight is None else recipe.hindsight.num_goals
+            self.host = DQN(env, recipe.host, budget, 1 + goals)
         else:
             self.host = ActorCritic(env, recipe.host)
         host: Any = self.host
@@ -81,7 +82,7 @@ class Learner:
             for _ in range(updates):
                 sample = source.sample()
                 if sample is not None:
-                    self.host.imitate(sample)
+                    self.host.imitate(only_kept(sample))
 
 
 def train(seed: int, *, task: Task, recipe: Recipe, budget: int) -> dict[str, Any]:

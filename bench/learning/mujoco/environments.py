@@ -1,0 +1,120 @@
+"""Gymnasium's MuJoCo tasks, several copies as one TorchRL environment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+
+from torchrl_recall.envs.seeded import SeededEnv
+
+# Observations are positions and velocities alone: forces of contact and inertias, which the latter
+# two add by default, are functions of these and most of their 105 and 348 numbers.
+OPTIONS: dict[str, dict[str, bool]] = {
+    "HalfCheetah": {},
+    "Hopper": {},
+    "Walker2d": {},
+    "Swimmer": {},
+    "Ant": {"include_cfrc_ext_in_observation": False},
+    "Humanoid": {
+        f"include_{part}_in_observation": False
+        for part in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")
+    },
+}
+
+
+class MujocoEnv(SeededEnv):
+    """Copies of a Gymnasium ``-v5`` task, stepped one after the other.
+
+    Gymnasium's own steps, rewards and terminations, without its wrappers: TorchRL's ``GymEnv``
+    costs as much again as the physics of the small ones. ``"observation"`` is float32,
+    ``"position"`` the x of the torso, which Gymnasium leaves out. Actions lie in [-1, 1] and are
+    stretched to the task's range.
+
+    Args:
+        name: one of `OPTIONS`.
+        batch_size: number of copies.
+        max_steps: steps after which an episode is truncated; Gymnasium's limit is 1000.
+        reward_scale: factor of the reward.
+        seed: of the starts.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+
+    _stream = "MujocoEnv"
+
+    def __init__(
+        self,
+        name: str,
+        batch_size: tuple[int] = (1,),
+        *,
+        max_steps: int = 1000,
+        reward_scale: float = 1.0,
+        seed: int | None = None,
+    ) -> None:
+        import gymnasium
+
+        if name not in OPTIONS:
+            raise ValueError(f"name must be one of {list(OPTIONS)}, got {name!r}.")
+        super().__init__(device="cpu", batch_size=torch.Size(batch_size))
+        self.name, self.max_steps, self.reward_scale = name, max_steps, reward_scale
+        self._envs: list[Any] = [
+            gymnasium.make(f"{name}-v5", **OPTIONS[name]).unwrapped for _ in range(batch_size[0])
+        ]
+        space = self._envs[0].action_space
+        self._half_range = (space.high - space.low) / 2
+        self._middle = (space.high + space.low) / 2
+        self._observed = [env.reset(seed=0)[0] for env in self._envs]
+        self._elapsed = torch.zeros(*batch_size, 1, dtype=torch.int64)
+        column = torch.Size([*batch_size, 1])
+        width = len(self._observed[0])
+        self.observation_spec = Composite(
+            {
+                "observation": Unbounded(shape=torch.Size([*batch_size, width])),
+                "position": Unbounded(shape=column),
+            },
+            shape=self.batch_size,
+        )
+        self.action_spec = Bounded(-1.0, 1.0, shape=torch.Size([*batch_size, *space.shape]))
+        self.reward_spec = Unbounded(shape=column)
+        flag = Categorical(2, shape=column, dtype=torch.bool)
+        ends = {name: flag.clone() for name in ("done", "terminated", "truncated")}
+        self.full_done_spec = Composite(ends, shape=self.batch_size)
+        self._make_generator(seed)
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
+        anew = None if tensordict is None else tensordict.get("_reset", None)
+        rows = range(len(self._envs)) if anew is None else anew.view(-1).nonzero().flatten()
+        for row in map(int, rows):
+            seed = int(torch.randint(2**31 - 1, (), generator=self._generator))
+            self._observed[row] = self._envs[row].reset(seed=seed)[0]
+            self._elapsed[row] = 0
+        return self._read()
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        actions = tensordict["action"].clamp(-1, 1).numpy() * self._half_range + self._middle
+        reward = np.empty((len(self._envs), 1), dtype=np.float32)
+        terminated = np.empty((len(self._envs), 1), dtype=bool)
+        for row, (env, action) in enumerate(zip(self._envs, actions, strict=True)):
+            self._observed[row], reward[row], terminated[row], _, _ = env.step(action)
+        self._elapsed += 1
+        read = self._read()
+        read["reward"] = torch.from_numpy(reward) * self.reward_scale
+        read["terminated"] = torch.from_numpy(terminated)
+        read["truncated"] = self._elapsed >= self.max_steps
+        read["done"] = read["terminated"] | read["truncated"]
+        return read
+
+    def _read(self) -> TensorDict:
+        place = np.array([env.data.qpos[0] for env in self._envs], dtype=np.float32)
+        return TensorDict(
+            {
+                "observation": torch.from_numpy(np.stack(self._observed)).float(),
+                "position": torch.from_numpy(place).unsqueeze(-1),
+            },
+            self.batch_size,
+        )

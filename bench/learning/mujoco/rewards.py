@@ -1,0 +1,110 @@
+"""Rewards that come late or only from afar, as transforms of any environment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.data import Composite, Unbounded
+from torchrl.envs.transforms import Transform
+
+
+def pay_later(
+    reward: Tensor, owed: Tensor, held: Tensor, done: Tensor, every: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hold rewards back, and pay their sum at once.
+
+    Args:
+        reward: ``[..., 1]``, what the step has earned.
+        owed: ``[..., 1]``, what was earned since the last payment.
+        held: int64 ``[..., 1]``, steps since then.
+        done: bool ``[..., 1]``; an end pays all.
+        every: steps from one payment to the next; None: the end alone pays.
+
+    Returns:
+        What is paid, what is owed from now on, and the steps held from now on.
+    """
+    owed, held = owed + reward, held + 1
+    pays = done if every is None else done | (held >= every)
+    return torch.where(pays, owed, 0.0), owed.masked_fill(pays, 0.0), held.masked_fill(pays, 0)
+
+
+class DelayedReward(Transform):
+    """Pays the reward of many steps at once: the sum is the same, and comes later.
+
+    What is owed is carried by the tensordict (``"owed"``, ``"held"``), which a policy should not
+    read: part of the task is that its state is not told.
+
+    Args:
+        every: steps from one payment to the next; None: an episode's end alone pays.
+
+    Raises:
+        ValueError: ``every`` below 1.
+
+    Source: as in Oh et al., *Self-Imitation Learning*, ICML 2018, which pays every 20 steps.
+    """
+
+    invertible = False
+
+    def __init__(self, every: int | None = None) -> None:
+        if every is not None and every < 1:
+            raise ValueError(f"every must be at least 1, got {every}.")
+        super().__init__(in_keys=["reward"], out_keys=["owed", "held"])
+        self.every = every
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        paid, owed, held = pay_later(
+            next_tensordict["reward"],
+            tensordict["owed"],
+            tensordict["held"],
+            next_tensordict["done"],
+            self.every,
+        )
+        next_tensordict["reward"] = paid
+        next_tensordict["owed"], next_tensordict["held"] = owed, held
+        return next_tensordict
+
+    def _reset(
+        self, tensordict: TensorDictBase | None, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        parent: Any = self.parent
+        shape = parent.reward_spec.shape
+        options = {"owed": torch.float32, "held": torch.int64}
+        anew = None if tensordict is None else tensordict.get("_reset", None)
+        for name, dtype in options.items():
+            fresh = torch.zeros(shape, dtype=dtype, device=parent.device)
+            before = None if anew is None or tensordict is None else tensordict.get(name, None)
+            if before is not None and anew is not None:
+                fresh = torch.where(anew, fresh, before)
+            tensordict_reset[name] = fresh
+        return tensordict_reset
+
+    def transform_observation_spec(self, observation_spec: Any) -> Composite:
+        """Add what is carried."""
+        parent: Any = self.parent
+        shape = parent.reward_spec.shape
+        observation_spec["owed"] = Unbounded(shape=shape, dtype=torch.float32)
+        observation_spec["held"] = Unbounded(shape=shape, dtype=torch.int64)
+        return observation_spec
+
+
+class DistanceReward(Transform):
+    """Pays 1 on each step that ends at or beyond a distance, and nothing elsewhere.
+
+    Args:
+        distance: from where on, in the unit of the position.
+        in_key: of the position, ``[..., 1]``.
+    """
+
+    invertible = False
+
+    def __init__(self, distance: float, in_key: str = "position") -> None:
+        super().__init__(in_keys=[in_key], out_keys=["reward"])
+        self.distance = float(distance)
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        beyond = next_tensordict[self.in_keys[0]] >= self.distance
+        next_tensordict["reward"] = beyond.to(next_tensordict["reward"].dtype)
+        return next_tensordict

@@ -1,0 +1,188 @@
+"""The MuJoCo tasks against Gymnasium, and late rewards against a loop written as the definition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.envs import TransformedEnv
+from torchrl.envs.utils import check_env_specs
+
+from bench.learning import mujoco
+from bench.learning.continuous.ppo import PPO
+from bench.learning.mujoco.environments import OPTIONS, MujocoEnv
+from bench.learning.mujoco.rewards import DelayedReward, DistanceReward, pay_later
+from bench.learning.mujoco.tasks import BODIES, TASKS, make, score_range
+from torchrl_recall.envs import PointMazeEnv
+
+gymnasium = pytest.importorskip("gymnasium")
+pytest.importorskip("mujoco")
+
+
+class TestMujocoEnv:
+    @pytest.mark.parametrize("name", list(OPTIONS))
+    def test_steps_are_gymnasiums(self, name: str):
+        theirs = gymnasium.make(f"{name}-v5", **OPTIONS[name]).unwrapped
+        ours = MujocoEnv(name, (2,), max_steps=25, seed=0)
+        state = ours._reset()
+        # One of our copies starts where theirs does.
+        expected, _ = theirs.reset(seed=5)
+        ours._observed[1] = ours._envs[1].reset(seed=5)[0]
+        state = ours._read()
+        draw = torch.Generator().manual_seed(0)
+        space, after = theirs.action_space, state
+        for step in range(25):
+            np.testing.assert_allclose(state["observation"][1], expected, rtol=1e-5, atol=1e-5)
+            state["action"] = 2 * torch.rand(2, *space.shape, generator=draw) - 1
+            own = state["action"][1].numpy()
+            action = space.low + (own + 1) / 2 * (space.high - space.low)
+            expected, reward, terminated, _, found = theirs.step(action)
+            after = ours._step(state)
+            np.testing.assert_allclose(after["reward"][1].item(), reward, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(
+                after["position"][1].item(), found["x_position"], rtol=1e-4, atol=1e-4
+            )
+            assert bool(after["terminated"][1]) == terminated
+            assert bool(after["truncated"][1]) == (step == 24)
+            state = after.exclude("reward")
+        assert BODIES[name][0] + BODIES[name][1] == len(expected)
+
+    def test_specs_starts_and_partial_resets(self):
+        env = MujocoEnv("Hopper", (2,), seed=3)
+        check_env_specs(env)
+        env.set_seed(3)
+        first = env._reset()["observation"]
+        env.set_seed(3)
+        assert torch.equal(first, env._reset()["observation"])
+        assert not torch.equal(first[0], first[1])
+        env._reset(TensorDict({"_reset": torch.tensor([[True], [False]])}, [2]))
+        after = env._read()["observation"]
+        assert torch.equal(after[1], first[1])
+        assert not torch.equal(after[0], first[0])
+
+    def test_scale_and_unknown_names(self):
+        rewards = []
+        for scale in (1.0, 0.25):
+            env = MujocoEnv("Hopper", (1,), reward_scale=scale, seed=0)
+            state = env._reset().set("action", torch.full((1, 3), 0.5))
+            rewards.append(float(env._step(state)["reward"]))
+        assert rewards[1] == pytest.approx(0.25 * rewards[0])
+        with pytest.raises(ValueError, match=r"HalfCheetah.*got 'Cheetah'"):
+            MujocoEnv("Cheetah")
+
+
+class TestPayLater:
+    @pytest.mark.parametrize("every", [None, 1, 3])
+    def test_is_the_definition(self, every: int | None):
+        draw = torch.Generator().manual_seed(0)
+        reward = torch.rand(60, generator=draw, dtype=torch.float64)
+        done = torch.rand(60, generator=draw) < 0.1
+        owed, held = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+        paid = []
+        for t in range(60):
+            now, owed, held = pay_later(reward[t : t + 1], owed, held, done[t : t + 1], every)
+            paid.append(float(now))
+        expected, earned = [], []
+        for t in range(60):
+            earned.append(float(reward[t]))
+            if bool(done[t]) or (every is not None and len(earned) == every):
+                expected.append(sum(earned))
+                earned = []
+            else:
+                expected.append(0.0)
+        assert paid == pytest.approx(expected)
+
+
+class TestDelayedReward:
+    def test_each_copy_pays_by_its_own_count_through_resets(self):
+        class Earning(PointMazeEnv):
+            """Reward that tells the step: elapsed + 1."""
+
+            def _step(self, tensordict):
+                after = super()._step(tensordict)
+                return after.set("reward", after["elapsed"].float())
+
+        env = TransformedEnv(
+            Earning("u", start="any", max_steps=7, batch_size=(3,), seed=0), DelayedReward(3)
+        )
+        check_env_specs(env)
+        data = env.rollout(16, break_when_any_done=False)
+        reward = data["next", "reward"][..., 0]
+        done = data["next", "done"][..., 0]
+        elapsed = data["next", "elapsed"][..., 0]
+        for row in range(3):
+            owed = held = 0
+            for t in range(16):
+                owed, held = owed + int(elapsed[row, t]), held + 1
+                pays = bool(done[row, t]) or held == 3
+                assert reward[row, t] == (owed if pays else 0)
+                if pays:
+                    owed = held = 0
+
+    def test_partial_reset_forgets_only_its_own(self):
+        env = TransformedEnv(MujocoEnv("Swimmer", (2,), seed=0), DelayedReward())
+        state = env.reset()
+        state["owed"] = torch.tensor([[2.0], [3.0]])
+        state["held"] = torch.tensor([[4], [5]])
+        state["_reset"] = torch.tensor([[True], [False]])
+        after = env.reset(state)
+        assert after["owed"].flatten().tolist() == [0.0, 3.0]
+        assert after["held"].flatten().tolist() == [0, 5]
+
+    def test_refuses(self):
+        with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+            DelayedReward(0)
+
+    def test_sums_are_those_of_the_dense_task(self):
+        draw = torch.Generator().manual_seed(0)
+        actions = 2 * torch.rand(30, 2, 3, generator=draw) - 1
+        totals = []
+        for options in ({"reward": "dense"}, {"reward": "delayed", "every": 20}):
+            env = make(2, 0, name="Hopper", max_steps=30, **options)
+            state, total = env._reset(), torch.zeros(2, 1)
+            alive = torch.ones(2, 1, dtype=torch.bool)
+            for action in actions:
+                state = env._step(state.set("action", action))
+                total += state["reward"] * alive
+                alive &= ~state["done"]
+            totals.append(total)
+        assert not alive.any()
+        torch.testing.assert_close(*totals)
+
+
+def test_distance_pays_beyond_it():
+    base = MujocoEnv("Swimmer", (3,), seed=0)
+    env = TransformedEnv(base, DistanceReward(0.02))
+    check_env_specs(env)
+    data = env.rollout(15, break_when_any_done=False)
+    beyond = data["next", "position"] >= 0.02
+    assert beyond.any()
+    assert not beyond.all()
+    assert torch.equal(data["next", "reward"], beyond.float())
+
+
+SMALL = {"num_envs": 2, "rollout_steps": 8, "minibatch": 8, "epochs": 1}
+
+
+@pytest.mark.parametrize("name", ["humanoid_dense", "hopper_delayed", "swimmer_sparse"])
+def test_tasks_train(name: str):
+    task = TASKS[name]
+    task = replace(task, ppo=replace(task.ppo, **SMALL), num_tests=1)
+    host = PPO(task, 0, budget=32)
+    before = [p.detach().clone() for p in host.policy.parameters()]
+    for _ in range(2):
+        host.iterate()
+    after = list(host.policy.parameters())
+    assert all(p.isfinite().all() for p in after)
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_entries_are_unique_and_in_the_section():
+    made = mujoco.entries()
+    assert len({(entry.task, entry.name) for entry in made}) == len(made)
+    assert {entry.task for entry in made} == set(mujoco.sections()[0].tasks) <= set(TASKS)
+    assert score_range(TASKS["ant_sparse"]) == (0.0, 1.0)
+    assert score_range(TASKS["ant_delayed"]) == (-1.0, 3.0)
