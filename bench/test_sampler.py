@@ -144,7 +144,7 @@ def test_sizes(
     record = take_turns(
         f"sampler sizes, {operation} ({mode})",
         {name: lambda one=one: run(*one) for name, one in ours.items()},
-        rounds=9,
+        rounds=15,
         warmup=2,
     )
     # Neighbours of the machine take memory's time from what leaves the cache: the fastest rounds.
