@@ -14,7 +14,7 @@ from torch import Tensor
 from torchrl_recall.priorities.sums import running_sums
 from torchrl_recall.priorities.weights import best_count
 
-_SLICE = 1 << 17  # stays in the cache
+_SLICE = 1 << 18  # stays in the cache
 _SAMPLE = 1 << 14
 _ROW, _PART = 64, 8
 
@@ -110,17 +110,20 @@ def _split(values: Tensor, low: float, high: float) -> tuple[int, Tensor]:
 
     The latter are few: masks go over rows in which there are some, and over parts of these.
     """
-    whole, above = values.numel() // _ROW * _ROW, 0
-    count_in_row = torch.empty(whole // _ROW)
-    buffers = torch.empty(2, min(_SLICE, whole))
+    whole = values.numel() // _ROW * _ROW
+    buffer = torch.empty(min(_SLICE, whole))
+    at_least, beyond = torch.empty(2, whole // _ROW)  # of each row
     for start in range(0, whole, _SLICE):
         x = values[start : min(start + _SLICE, whole)]
-        within, beyond = buffers[:, : x.numel()]
-        above += int(torch.gt(x, high, out=beyond).sum().item())
-        torch.ge(x, low, out=within).sub_(beyond)
-        out = count_in_row[start // _ROW : (start + x.numel()) // _ROW]
-        torch.sum(within.view(-1, _ROW), 1, out=out)
-    rows = values[:whole].view(-1, _ROW).index_select(0, count_in_row.nonzero().squeeze(1))
+        part = slice(start // _ROW, (start + x.numel()) // _ROW)
+        by_row = buffer[: x.numel()].view(-1, _ROW)
+        torch.ge(x.view(-1, _ROW), low, out=by_row)
+        torch.sum(by_row, 1, out=at_least[part])
+        torch.gt(x.view(-1, _ROW), high, out=by_row)
+        torch.sum(by_row, 1, out=beyond[part])
+    above = int(beyond.double().sum().item())
+    row = (at_least != beyond).nonzero().squeeze(1)
+    rows = values[:whole].view(-1, _ROW).index_select(0, row)
     within = torch.ge(rows, low, out=torch.empty_like(rows, dtype=torch.float32))
     within -= torch.gt(rows, high, out=torch.empty_like(within))
     part = within.view(-1, _PART).sum(1).nonzero().squeeze(1)

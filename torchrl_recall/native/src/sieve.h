@@ -5,6 +5,8 @@
 
 #include "threshold.h"
 
+#define SAMPLE (4 * FEW) /* values, at most */
+
 typedef struct {
     float high, low;    /* between these, or at them, lies the threshold: a sample says so */
     int64_t num_above;  /* entries above `high` */
@@ -12,8 +14,6 @@ typedef struct {
     float *value;       /* of those put aside, NULL: no sieve */
     uint32_t *entry;
 } sieve;
-
-#define SAMPLE (4 * FEW)
 
 static void close_sieve(sieve *s) {
     free(s->value);
