@@ -129,10 +129,13 @@ def test_against_peers(operation: str, field: Field, take_turns: Callable) -> No
 @pytest.fixture(scope="module", params=["per", "top"])
 def sizes(request: pytest.FixtureRequest) -> tuple[str, dict[str, tuple[OurSampler, News]]]:
     """Build ours at all sizes."""
-    return request.param, {
+    built = {
         name: (OurSampler(torch.rand(size), stored(size), mode=request.param), News(size))
         for name, size in SCALING.items()
     }
+    for sampler, _ in built.values():
+        sampler.draw(256)  # before, a refresh would not know what to bring up to date
+    return request.param, built
 
 
 @pytest.mark.parametrize("operation", MOST)
