@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -108,6 +111,49 @@ def test_a_trace_is_an_ordinary_tensordict_with_memory_of_its_own(observation):
     trace.set_("action_log_prob", torch.ones(5, 4))
     trace["more"] = torch.zeros(5, 4, 1)
     assert_same(trace.clone(), trace, 0)
+
+
+@pytest.mark.parametrize("observation", ["normal", "nested"])
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_a_trace_is_built_as_the_public_constructor_would(observation, is_plain, monkeypatch):
+    """Whether or not the short cut past the constructor is taken."""
+    monkeypatch.setattr("torchrl_recall.traces.sample._IS_PLAIN", is_plain)
+    nested = Composite(seen=Composite(position=Unbounded(3)))
+    model = BacktrackModel(nested if observation == "nested" else 3, 2, num_cells=(8,))
+    trace = sample_traces(model, torch.randn(5, 3), num_steps=4)
+    public = TensorDict(trace.to_dict(), (5, 4), device="cpu")
+    for path in ((), ("next",), ("collector",)):
+        ours, theirs = (td.get(path) if path else td for td in (trace, public))
+        assert type(ours) is TensorDict
+        assert set(ours.__dict__) == set(theirs.__dict__)
+        state = [
+            {k: v for k, v in td.__dict__.items() if k != "_tensordict"} for td in (ours, theirs)
+        ]
+        assert state[0] == state[1]
+        assert list(ours.keys()) == list(theirs.keys())
+        assert ours.names == theirs.names
+    for one in (trace, public):
+        one.names = ["rows", "time"]
+        one.lock_()
+        with pytest.raises(RuntimeError, match="lock"):
+            one["next", "more"] = torch.zeros(5, 4)
+        one.unlock_()
+        one["next", "more"] = torch.zeros(5, 4)
+    for way in (
+        lambda td: pickle.loads(pickle.dumps(td)),
+        copy.deepcopy,
+        lambda td: td.to(torch.float64),
+        lambda td: torch.stack([td, td]),
+        lambda td: td[2:, -1],
+        lambda td: td.exclude("next").flatten_keys(),
+        lambda td: td.reshape(-1),
+        torch.compile(lambda td: td.select("action_log_prob").exp(), backend="eager"),
+    ):
+        ours, theirs = way(trace), way(public)
+        assert ours.batch_size == theirs.batch_size
+        assert ours.names == theirs.names
+        assert ours.device == theirs.device
+        assert_same(ours, theirs, 0)
 
 
 def test_keys_shapes_and_dtypes_are_those_of_the_environment():

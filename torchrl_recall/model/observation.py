@@ -203,6 +203,8 @@ class ObservationCodec(nn.Module):
         """
         if isinstance(observation, Tensor):
             if len(self.keys) == 1:
+                if not check_values and self._is_flat(observation):
+                    return observation
                 return self._flatten(0, observation, name, None, check_values, check_values)
             if self.is_discrete:
                 raise TypeError(
@@ -224,6 +226,17 @@ class ObservationCodec(nn.Module):
         raise TypeError(
             f"{name} must be a tensor, a TensorDict or a mapping of tensors, "
             f"got {type(observation).__name__}."
+        )
+
+    def _is_flat(self, value: Tensor) -> bool:
+        """Return whether a tensor is a flat state as it is: the refusals' short cut."""
+        unit: Any = self._buffers["unit"]
+        return (
+            value.ndim > 0
+            and value.shape[-1:] == self.shapes[0]
+            and value.dtype == (torch.int64 if self.cardinality else unit.dtype)
+            and value.device == unit.device
+            and self.formats[0] != "one_hot"
         )
 
     def _flatten(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -106,10 +107,11 @@ def walk(request: Request, backend: Backend) -> Columns:
     """
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
-    if request.model.num_members > 1:
+    model = request.model
+    if model.num_members > 1:
         return _by_members(request, backend)
     if backend == "triton" or (backend == "auto" and request.start.is_cuda):
-        reason = _why_not_triton(request.model)
+        reason = _why_not_triton(model)
         if reason is None:
             return _by_triton(request)
         if backend == "triton":
@@ -117,18 +119,18 @@ def walk(request: Request, backend: Backend) -> Columns:
         return _in_torch(request, reason)
     if backend in ("auto", "native"):
         if torch.compiler.is_compiling():
-            reason = operator.why_not(request.model)
+            reason = operator.why_not(model)
             if reason is None:
                 return operator.walk_in_graph(request)
         else:
-            plan = native.plan_of(request.model, request.precision == "bfloat16")
+            plan = native.plan_of(model, request.precision == "bfloat16")
             if not isinstance(plan, str):
                 return _natively(request, plan)
             reason = plan
         if backend == "native":
             raise _refusal("native", reason)
         return _in_torch(request, reason)
-    reason = _UNSUPPORTED[backend](request.model)
+    reason = _UNSUPPORTED[backend](model)
     if reason is not None:
         raise _refusal(backend, reason)
     return _tiled(request, backend)
@@ -171,14 +173,21 @@ def _refusal(name: str, reason: str) -> ValueError:
     return ValueError(f"backend={name!r} cannot run this model: {reason}.")
 
 
-# `empty_like` is the quickest way to a tensor.
-_A_SEED = torch.empty((), dtype=torch.int64, device="cpu")
+class _Seeds(threading.local):
+    """A place for each thread to draw seeds to: a new tensor takes as long as the drawing."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):
+            self.place = torch.zeros((), dtype=torch.int64, device="cpu")
+
+
+_seeds = _Seeds()
 
 
 def _natively(request: Request, plan: native.Plan) -> Columns:
     seed = 0
     if request.noise is None:
-        seed = int(torch.empty_like(_A_SEED).random_(generator=request.generator))
+        seed = int(_seeds.place.random_(generator=request.generator))
     return native.walk(
         plan,
         request.start,

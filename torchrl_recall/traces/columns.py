@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.model.factors import FactoredHead
 from torchrl_recall.model.heads import CategoricalHead
+from torchrl_recall.traces import large_columns
 
 
 class BadStart(ValueError):
@@ -66,7 +68,7 @@ class Columns(NamedTuple):
             dtype=model.dtype,
             action_is_class=isinstance(head, FactoredHead),
         )
-        return form.empty(num_rows, num_steps, model.device)
+        return form.empty(num_rows, num_steps, model.device, large_columns.empty)
 
 
 class Form(NamedTuple):
@@ -86,11 +88,17 @@ class Form(NamedTuple):
     dtype: torch.dtype = torch.float32
     action_is_class: bool = False
 
-    def empty(self, num_rows: int, num_steps: int, device: torch.device | str) -> Columns:
+    def empty(
+        self,
+        num_rows: int,
+        num_steps: int,
+        device: torch.device | str,
+        allocate: Callable[..., Tensor] = torch.empty,
+    ) -> Columns:
         """Return columns with memory but without values."""
 
         def column(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.empty(num_rows, num_steps, *shape, dtype=dtype, device=device)
+            return allocate(num_rows, num_steps, *shape, dtype=dtype, device=device)
 
         state_dtype = torch.int64 if self.is_discrete else self.dtype
         size = self.action_size

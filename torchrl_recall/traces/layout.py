@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from itertools import chain, pairwise, repeat
+from operator import contains, getitem
 from typing import Any
 
 import torch
@@ -120,8 +121,10 @@ class Watch:
         parts: Any = [model.action.head, model.delta_head, model.observation]
         parts += [getattr(part, "normalizer", None) for part in parts]
         holders = [part.__dict__ for part in [*parts, *layers] if part is not None]
-        self.settings = [(d, name) for d in holders for name in _SETTINGS if name in d]
-        self.values = [d[name] for d, name in self.settings]
+        settings = [(d, name) for d in holders for name in _SETTINGS if name in d]
+        self.holders = [d for d, _ in settings]
+        self.names = [name for _, name in settings]
+        self.values = [d[name] for d, name in settings]
         self.live = [holder.values() for holder in live_holders(model)]
         # Their memory is held, even where ``.data`` is set: nothing else can come to lie there.
         self.tensors = [tensor.detach() for tensor in live_tensors(model)]
@@ -132,9 +135,9 @@ class Watch:
         # Loops in C, by `map` and the like: this runs at every call.
         if self.owners != self.owned or [*map(list, self.stacks)] != self.stacked:
             return False
-        if any(self.hooks) or any(map(dict.__contains__, self.called, repeat("forward"))):
+        if any(self.hooks) or any(map(contains, self.called, repeat("forward"))):
             return False
-        if [d[name] for d, name in self.settings] != self.values:
+        if [*map(getitem, self.holders, self.names)] != self.values:
             return False
         try:
             # A tensor that is no longer contiguous is missing from the list.

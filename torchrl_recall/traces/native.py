@@ -19,6 +19,7 @@ from torch import Tensor
 
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.native import interface
+from torchrl_recall.traces import large_columns
 from torchrl_recall.traces.columns import BadStart, Columns, NoFirstStep
 from torchrl_recall.traces.layout import (
     Watch,
@@ -78,6 +79,7 @@ class Plan:
         self.described = self._describe(form, named)
         self.address = ctypes.addressof(self.described)
         self.block = self._pack()
+        self.state_bytes = self.form.state_size * (8 if self.form.is_discrete else 4)
         self.templates: dict[tuple[int, int], Columns] = {}
         # The tables, beside the packed values that they were made of.
         self.tables: tuple[Tensor, Tensor] | None = None
@@ -162,6 +164,8 @@ class Plan:
 
     def columns(self, num_rows: int, num_steps: int) -> Columns:
         """Return columns with memory but without values."""
+        if num_rows * num_steps * self.state_bytes >= large_columns.SMALLEST:
+            return self.form.empty(num_rows, num_steps, "cpu", large_columns.empty)
         like = self.templates.get((num_rows, num_steps))
         if like is None:
             # `empty_like` is the quickest way to a tensor, and needs no memory to be like.
@@ -171,7 +175,7 @@ class Plan:
             if len(self.templates) >= MAX_TEMPLATES:
                 self.templates.clear()
             self.templates[num_rows, num_steps] = like
-        return Columns(*map(torch.empty_like, like))
+        return tuple.__new__(Columns, map(torch.empty_like, like))
 
 
 def _head(form: dict[str, Any], buffers: dict[str, Tensor]) -> interface.Head:
@@ -265,11 +269,10 @@ def walk(
     if noise is not None:
         noise = TraceNoise(*(x if x is None else x.resolve_neg().contiguous() for x in noise))  # pyright: ignore
         given = [0 if part is None else part.data_ptr() for part in noise[:3]]
-    words = [num_rows, num_traces, num_steps, start.data_ptr(), seed, *given]
-    words += map(Tensor.data_ptr, columns)
-    words += last_visit, plan.instruction_set, 0, 0, 0
-    assert len(words) == len(interface.CALL_FIELDS)
-    call = array(interface.WORD, words)
+    sizes, columns_at = (num_rows, num_traces, num_steps), map(Tensor.data_ptr, columns)
+    options = last_visit, plan.instruction_set, 0, 0, 0
+    call = array(interface.WORD, (*sizes, start.data_ptr(), seed, *given, *columns_at, *options))
+    assert len(call) == len(interface.CALL_FIELDS)
     function, source = plan.library.recall_walk, block
     work = num_rows * num_steps * plan.macs
     if plan.num_evaluations:

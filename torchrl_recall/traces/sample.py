@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDict
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from torchrl_recall.checks import check_at_least_one, check_choice, check_device, check_flag
 from torchrl_recall.model import BacktrackModel
@@ -108,7 +109,7 @@ def sample_traces(
     *batch, size = start.shape
     rows = start if len(batch) == 1 else start.reshape(-1, size)
     repeats = 1 if num_traces is None else num_traces
-    added = (num_steps,) if num_traces is None else (num_traces, num_steps)
+    batch += (num_steps,) if num_traces is None else (num_traces, num_steps)
     if support is not None:
         num_candidates = check_at_least_one("num_candidates", num_candidates)
         if not callable(support):
@@ -134,7 +135,7 @@ def sample_traces(
         # Looks again, to say what is wrong.
         codec.flatten(next_observation, "next_observation")
         raise
-    return _tensordict(model, columns, torch.Size((*batch, *added)))
+    return _tensordict(model, columns, torch.Size(batch))
 
 
 def _check_noise(model: BacktrackModel, noise: TraceNoise, num_steps: int, rows: int) -> None:
@@ -168,19 +169,20 @@ def _tensordict(model: BacktrackModel, columns: Columns, shape: torch.Size) -> T
     action: Any = model._modules["action"]
     if len(shape) != 2:
         columns = Columns(*(column.reshape(*shape, *column.shape[2:]) for column in columns))
-    following: dict[Any, Any] = codec.restore(columns.next_state)
-    data: dict[Any, Any] = codec.restore(columns.state)
-    restored = action.restore(columns.action)
+    state, next_state, restored, action_log_prob, delta_log_prob, mask = columns
+    following: dict[Any, Any] = codec.restore(next_state)
+    data: dict[Any, Any] = codec.restore(state)
+    restored = action.restore(restored)
     if isinstance(restored, list):
         data.update(zip(model.action_key, restored, strict=True))
     else:
         data[model.action_key] = restored
-    data["action_log_prob"] = columns.action_log_prob
-    data["delta_log_prob"] = columns.delta_log_prob
-    device = columns.mask.device
+    data["action_log_prob"] = action_log_prob
+    data["delta_log_prob"] = delta_log_prob
+    device = mask.device
     nest = _nested if tuple in map(type, data) else _flat
     data["next"] = nest(following, shape, device)
-    data["collector"] = _flat({"mask": columns.mask}, shape, device)
+    data["collector"] = _flat({"mask": mask}, shape, device)
     return nest(data, shape, device)
 
 
@@ -194,7 +196,23 @@ def _nested(data: dict[Any, Any], shape: torch.Size, device: torch.device) -> Te
 
 def _flat(data: dict[Any, Any], shape: torch.Size, device: torch.device) -> TensorDict:
     """Return a TensorDict of entries known to fit: checks would take a fifth of a small walk."""
-    out = TensorDict._new_unsafe(data, batch_size=shape)
-    # The constructor takes as long again if the device is given to it.
-    out._device = device
+    if not _IS_PLAIN or is_compiling():
+        out = TensorDict._new_unsafe(data, batch_size=shape)
+        # The constructor takes as long again if the device is given to it.
+        out._device = device
+        return out
+    out = TensorDict.__new__(TensorDict)
+    out._tensordict, out._batch_size = data, shape
+    out._device, out._td_dim_names = device, None
     return out
+
+
+# Whether these are all that a TensorDict's own constructor sets, and as simple as they look.
+_EMPTY = TensorDict._new_unsafe({}, batch_size=torch.Size([])).__dict__
+_PLAIN = {
+    "_tensordict": {},
+    "_batch_size": torch.Size([]),
+    "_device": None,
+    "_td_dim_names": None,
+}
+_IS_PLAIN = _EMPTY == _PLAIN and type(_EMPTY["_tensordict"]) is dict

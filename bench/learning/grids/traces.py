@@ -205,7 +205,7 @@ class Traces:
 
 def only_kept(sample: TensorDictBase) -> TensorDictBase:
     """Return the kept steps of traces alone, one a trace: the same mean over fewer rows."""
-    trace = sample["trace"]
+    trace: Any = sample["trace"]
     kept = trace["collector", "mask"]
     if kept.all() or not kept.any():
         return sample

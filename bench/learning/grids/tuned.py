@@ -35,7 +35,7 @@ def sil(host: ActorCriticSettings = A2C, **settings: int) -> Recipe:
 
 def best(host: ActorCriticSettings = A2C, **settings: int) -> Recipe:
     """Return a host that imitates its best episodes."""
-    return Recipe(host, best=BestSettings(**settings))
+    return Recipe(host, best=replace(BestSettings(), **settings))
 
 
 def bonus_sil(coeff: float, updates: int, host: ActorCriticSettings = A2C) -> Recipe:

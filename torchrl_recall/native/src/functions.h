@@ -22,9 +22,8 @@ INLINE vf v_exp(vf x) {
     p = v_fma(p, r, v_set(0.1666641919f));
     p = v_fma(p, r, v_set(0.4999999203f));
     vf z = v_fma(v_mul(r, r), p, v_add(r, v_set(1.0f)));
-    /* Two factors: at 88.37 one alone would overflow. */
-    vi half = vi_shift_left(vi_add(n, vi_set(126)), 23);
-    vf power = v_mul(v_mul(z, vi_float(half)), v_set(2.0f));
+    /* 2^n: at 88.37 n is 127, the greatest that there is. */
+    vf power = v_mul(z, vi_float(vi_shift_left(vi_add(n, vi_set(127)), 23)));
     return v_select(v_lt(x, v_set(-86.9f)), v_set(0.0f), power);
 }
 

@@ -8,8 +8,22 @@
 #define TANH_LIMIT 7.2543286f
 #define UNIT_ROUNDOFF 1.1920929e-7f
 
+/* Short loops, with what lies between them in memory: a processor looks only some hundred operations
+ * ahead, and the chain from a network's output to a sample is longer than that. */
+
 INLINE vf log_scale_of(const recall_head *head, vf raw) {
     return v_fma(v_set(head->width), v_sigmoid(raw), v_set(head->low));
+}
+
+/* Turns the second half of a head's outputs into log-scales; `add` is one for each value, or NULL. */
+static void find_log_scales(tile *t, const recall_head *head, const float *add) {
+    for (int64_t i = 0; i < head->size; i++) {
+        for (int lane = 0; lane < t->lanes; lane += LANES) {
+            float *at = t->output + (head->size + i) * TILE + lane;
+            vf log_scale = log_scale_of(head, v_load(at));
+            v_store(at, add ? v_add(log_scale, v_set(add[i])) : log_scale);
+        }
+    }
 }
 
 /* Samples the action: `action` in its own unit, `features` as the delta network sees it. */
@@ -19,18 +33,25 @@ static void normal_action(tile *t, int64_t step) {
     const int squashed = head->kind == HEAD_TANH_NORMAL;
     float *features = t->features + dense_state(t->model) * TILE;
     draw_normals(t, HEAD_ACTION, size, step, t->call->noise_action);
+    find_log_scales(t, head, NULL);
+    for (int64_t i = 0; i < size; i++) {
+        for (int lane = 0; lane < t->lanes; lane += LANES) {
+            int64_t at = i * TILE + lane;
+            vf scale = v_exp(v_load(t->output + size * TILE + at));
+            v_store(features + at, v_fma(scale, v_load(t->noise + at), v_load(t->output + at)));
+        }
+    }
     for (int lane = 0; lane < t->lanes; lane += LANES) {
         vf energy = v_set(0.0f), check = v_set(0.0f);
         for (int64_t i = 0; i < size; i++) {
             int64_t at = i * TILE + lane;
-            vf loc = v_load(t->output + at), z = v_load(t->noise + at);
-            vf log_scale = log_scale_of(head, v_load(t->output + size * TILE + at));
-            vf scale = v_exp(log_scale), value = v_fma(scale, z, loc);
+            vf value = v_load(features + at), z = v_load(t->noise + at);
+            vf log_scale = v_load(t->output + size * TILE + at);
             if (squashed) {
                 vf inside = v_max(v_set(-TANH_LIMIT), v_min(v_set(TANH_LIMIT), value));
                 /* The noise that would have led to the clamped value; rarely another. */
                 if (!vm_all(v_eq(inside, value)))
-                    z = v_add(z, v_div(v_sub(inside, value), scale));
+                    z = v_add(z, v_div(v_sub(inside, value), v_exp(log_scale)));
                 vf log_jacobian;
                 value = v_tanh_with_log_jacobian(inside, &log_jacobian);
                 energy = v_add(energy, log_jacobian);
@@ -74,13 +95,13 @@ static void normal_delta(tile *t, int64_t step) {
     const recall_head *head = &t->model->delta;
     const int64_t size = head->size;
     draw_normals(t, HEAD_DELTA, size, step, t->call->noise_delta);
+    find_log_scales(t, head, t->packed.delta_log_unit);
     for (int lane = 0; lane < t->lanes; lane += LANES) {
         vf energy = v_set(0.0f), check = v_load(t->check + lane);
         for (int64_t i = 0; i < size; i++) {
             int64_t at = i * TILE + lane;
             vf loc = v_load(t->output + at), z = v_load(t->noise + at);
-            vf log_scale = log_scale_of(head, v_load(t->output + size * TILE + at));
-            log_scale = v_add(log_scale, v_set(t->packed.delta_log_unit[i]));
+            vf log_scale = v_load(t->output + size * TILE + at);
             vf value = v_fma(v_exp(log_scale), z, v_load(t->state + at));
             value = v_fma(loc, v_set(t->packed.delta_unit[i]), value);
             energy = v_fma(v_mul(z, v_set(0.5f)), z, v_add(energy, log_scale));

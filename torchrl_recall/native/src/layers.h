@@ -157,18 +157,24 @@ INLINE void register_block(const int rows, const int vectors, const int is_long,
     }
 }
 
-typedef void (*block_function)(const operand *, int64_t, const operand *, const float *,
-                               const float *, float *, int64_t, float, int);
+/* Outputs of which one row of the tile holds: of operands in pairs two. */
+INLINE int64_t row_share(int is_last) { return RECALL_BFLOAT16 && !is_last ? 2 : 1; }
+
+/* `blocks` register blocks, of which the first begins at these places. */
+typedef void (*block_function)(int64_t blocks, const operand *, int64_t, const operand *,
+                               const float *, const float *, float *, int64_t, float, int);
 #define BLOCK_OF(r, v)                                                                            \
-    static void block_##r##_##v(const operand *weight, int64_t n, const operand *in,              \
-                                const float *bias, const float *base, float *out, int64_t kind,   \
-                                float slope, int is_last) {                                       \
-        register_block(r, v, 0, weight, n, in, bias, base, out, kind, slope, is_last);            \
-    }                                                                                             \
-    static void block_##r##_##v##_long(const operand *weight, int64_t n, const operand *in,       \
-                                       const float *bias, const float *base, float *out,          \
-                                       int64_t kind, float slope, int is_last) {                  \
-        register_block(r, v, 1, weight, n, in, bias, base, out, kind, slope, is_last);            \
+    BLOCK_FUNCTION(block_##r##_##v, r, v, 0)                                                      \
+    BLOCK_FUNCTION(block_##r##_##v##_long, r, v, 1)
+#define BLOCK_FUNCTION(name, r, v, is_long)                                                       \
+    static void name(int64_t blocks, const operand *weight, int64_t n, const operand *in,         \
+                     const float *bias, const float *base, float *out, int64_t kind,              \
+                     float slope, int is_last) {                                                  \
+        for (; blocks; blocks--, weight += n * r, bias += r) {                                    \
+            register_block(r, v, is_long, weight, n, in, bias, base, out, kind, slope, is_last);  \
+            if (base) base += r * TILE;                                                           \
+            out += r / row_share(is_last) * TILE;                                                 \
+        }                                                                                         \
     }
 #define BLOCKS_OF(v)                                                                              \
     BLOCK_OF(1, v) BLOCK_OF(2, v) BLOCK_OF(3, v) BLOCK_OF(4, v) BLOCK_OF(5, v) BLOCK_OF(6, v)
@@ -193,19 +199,20 @@ static void dense(const packed_network *network, const packed_layer *layer, int 
                   const operand *in, const float *base, float *out, int lanes) {
     int64_t kind = is_last ? IDENTITY : network->activation, n = depth(layer);
     const operand *weight = operands(layer);
-    int64_t row_share = RECALL_BFLOAT16 && !is_last ? 2 : 1;
-    for (int64_t j = 0; j < layer->outputs; j += ROWS) {
+    for (int64_t j = 0; j < layer->outputs;) {
         int64_t rows = layer->outputs - j < ROWS ? layer->outputs - j : ROWS;
+        /* Weights are read once for all lanes; where one block takes all, so do many in a row. */
+        int64_t blocks = lanes <= VECTORS * LANES ? (layer->outputs - j) / rows : 1;
         for (int lane = 0; lane < lanes;) {
             int vectors = (lanes - lane) / LANES;
             if (vectors > VECTORS) vectors = VECTORS;
-            BLOCKS[n > PART][vectors - 1][rows - 1](weight, n, in + lane, layer->bias + j,
-                                          base ? base + j * TILE + lane : NULL,
-                                          out + j / row_share * TILE + lane, kind, network->slope,
-                                          is_last);
+            BLOCKS[n > PART][vectors - 1][rows - 1](
+                blocks, weight, n, in + lane, layer->bias + j, base ? base + j * TILE + lane : NULL,
+                out + j / row_share(is_last) * TILE + lane, kind, network->slope, is_last);
             lane += vectors * LANES;
         }
-        weight += n * rows;
+        weight += n * rows * blocks;
+        j += rows * blocks;
     }
 }
 

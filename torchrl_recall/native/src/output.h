@@ -62,6 +62,7 @@ static void expect_write(const tile *t, int64_t step) {
 #if defined(__GNUC__)
     const int64_t bytes = t->model->state_size * (t->model->is_discrete ? 8 : 4);
     const int64_t stride = t->call->num_steps * bytes;
+    if (t->call->num_rows * stride < 1 << 18) return; /* is near, or soon will be */
     const char *state = column_at(t, t->call->state, step);
     const char *next = column_at(t, t->call->next_state, step);
     for (int lane = 0; lane < t->count; lane++) {
@@ -75,10 +76,61 @@ static void expect_write(const tile *t, int64_t step) {
 #endif
 }
 
+/* A square of rows of lanes, LANES wide, of which the first `n` are there: row r of lane j becomes
+ * entry r of row j. */
+#if RECALL_ISA == 512
+INLINE void transpose(const float *rows, int64_t n, vf out[LANES]) {
+    vf a[16], b[16];
+    UNROLLED for (int i = 0; i < 16; i++) a[i] = i < n ? v_load(rows + i * TILE) : v_set(0.0f);
+    /* Pairs, then fours, within quarters of vectors; then the quarters themselves. */
+    UNROLLED for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    UNROLLED for (int i = 0; i < 16; i += 4) {
+        UNROLLED for (int j = 0; j < 2; j++) {
+            const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
+            a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    }
+    UNROLLED for (int j = 0; j < 4; j++) {
+        const vf even_low = _mm512_shuffle_f32x4(a[j], a[j + 4], 0x88);
+        const vf odd_low = _mm512_shuffle_f32x4(a[j], a[j + 4], 0xdd);
+        const vf even_high = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0x88);
+        const vf odd_high = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0xdd);
+        out[j] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+        out[j + 4] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+        out[j + 8] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+        out[j + 12] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+    }
+}
+#endif
+
 /* Writes `n` rows of lanes as columns of `to` and of `also`, either of which may be NULL. */
 static void write_floats(const float *rows, int64_t n, int count, float *to, float *also,
                          int64_t stride) {
     int lane = 0;
+#if RECALL_ISA == 512
+    for (; lane + LANES <= count; lane += LANES, rows += LANES) {
+        for (int64_t i = 0; i < n; i += LANES) {
+            vf row[LANES];
+            const __mmask16 there = (__mmask16)(n - i < LANES ? (1u << (n - i)) - 1 : 0xffffu);
+            if (there == 0xffff) transpose(rows + i * TILE, LANES, row);
+            else transpose(rows + i * TILE, n - i, row);
+            if (to) {
+                float *at = to + lane * stride + i;
+                UNROLLED for (int j = 0; j < LANES; j++)
+                    _mm512_mask_storeu_ps(at + j * stride, there, row[j]);
+            }
+            if (also) {
+                float *at = also + lane * stride + i;
+                UNROLLED for (int j = 0; j < LANES; j++)
+                    _mm512_mask_storeu_ps(at + j * stride, there, row[j]);
+            }
+        }
+    }
+#endif
 #if RECALL_ISA
     for (; lane + 4 <= count; lane += 4, rows += 4) {
         int64_t i = 0;
@@ -107,13 +159,20 @@ static void write_floats(const float *rows, int64_t n, int count, float *to, flo
     }
 }
 
+/* Traces that have left the numbers. */
+INLINE int any_broken(const tile *t) {
+    int any = 0;
+    for (int lane = 0; lane < TILE; lane++) any |= t->broken[lane];
+    return any;
+}
+
 /* Writes the tile's states to two columns; traces that have left the numbers stay at their start. */
 static void write_states(const tile *t, void *to, void *also) {
     const recall_model *m = t->model;
     const int64_t size = m->state_size, stride = t->call->num_steps * size;
     if (!m->is_discrete) {
         write_floats(t->state, size, t->count, to, also, stride);
-        for (int lane = 0; lane < t->count; lane++) {
+        for (int lane = 0; any_broken(t) && lane < t->count; lane++) {
             const float *start = (const float *)t->call->start + t->start[lane];
             if (!t->broken[lane]) continue;
             if (to) memcpy((float *)to + lane * stride, start, (size_t)size * 4);
@@ -134,30 +193,38 @@ static void write_states(const tile *t, void *to, void *also) {
 /* Writes all that the tile did at a step. */
 static void write_step(tile *t, int64_t step) {
     const recall_model *m = t->model;
-    const recall_call *call = t->call;
-    const int64_t num_steps = call->num_steps, at = t->first * num_steps + step;
-    const int64_t actions = m->action.size;
-    for (int lane = 0; lane < t->count; lane++) t->broken[lane] |= !(t->check[lane] == 0.0f);
-    write_states(t, column_at(t, call->state, step),
-                 step ? column_at(t, call->next_state, step - 1) : NULL);
-    if (is_continuous(&m->action)) {
-        float *action = (float *)call->action + at * actions;
+    /* Copies of their own: writes to the outputs could else change what is read through pointers. */
+    const recall_call call = *t->call;
+    const int64_t num_steps = call.num_steps, at = t->first * num_steps + step;
+    const int64_t actions = m->action.size, count = t->count;
+    const int is_class = !is_continuous(&m->action);
+    for (int lane = 0; lane < t->lanes; lane++) t->broken[lane] |= !(t->check[lane] == 0.0f);
+    write_states(t, column_at(t, call.state, step),
+                 step ? column_at(t, call.next_state, step - 1) : NULL);
+    float *action_log_prob = call.action_log_prob + at, *delta_log_prob = call.delta_log_prob + at;
+    uint8_t *mask = call.mask + at;
+    for (int lane = 0; lane < count; lane++) {
+        action_log_prob[lane * num_steps] = t->action_log_prob[lane];
+        delta_log_prob[lane * num_steps] = t->delta_log_prob[lane];
+    }
+    for (int lane = 0; lane < count; lane++)
+        mask[lane * num_steps] = !(t->over[lane] | t->broken[lane]);
+    if (is_class) {
+        int64_t *action = (int64_t *)call.action + at;
+        for (int lane = 0; lane < count; lane++) action[lane * num_steps] = t->action_class[lane];
+    } else {
+        float *action = (float *)call.action + at * actions;
         write_floats(t->action, actions, t->count, action, NULL, num_steps * actions);
     }
-    for (int lane = 0; lane < t->count; lane++) {
-        const int64_t here = at + lane * num_steps;
-        const int broken = t->broken[lane];
-        call->action_log_prob[here] = broken ? 0.0f : t->action_log_prob[lane];
-        call->delta_log_prob[here] = broken ? 0.0f : t->delta_log_prob[lane];
-        call->mask[here] = !(t->over[lane] | broken);
-        if (!is_continuous(&m->action)) {
-            ((int64_t *)call->action)[here] = t->action_class[lane];
-        } else if (broken) {
-            memset((float *)call->action + here * actions, 0, (size_t)actions * 4);
-        }
+    for (int lane = 0; any_broken(t) && lane < count; lane++) {
+        const int64_t here = lane * num_steps;
+        if (!t->broken[lane]) continue;
+        action_log_prob[here] = delta_log_prob[here] = 0.0f;
+        if (!is_class)
+            memset((float *)call.action + (at + here) * actions, 0, (size_t)actions * 4);
     }
-    for (int lane = 0; call->last_visit && lane < t->count; lane++) {
-        if (visit_again(t, lane, step)) call->mask[at + lane * num_steps] = 0;
+    for (int lane = 0; call.last_visit && lane < count; lane++) {
+        if (visit_again(t, lane, step)) mask[lane * num_steps] = 0;
     }
 }
 

@@ -91,11 +91,7 @@ static int open_tile(tile *t) {
 
 /* ---- random numbers ---- */
 
-INLINE vi rows_of(const tile *t, int lane) {
-    uint32_t row[LANES];
-    for (int i = 0; i < LANES; i++) row[i] = (uint32_t)(t->first + lane + i);
-    return vi_load(row);
-}
+INLINE vi rows_of(const tile *t, int lane) { return vi_from((uint32_t)(t->first + lane)); }
 
 /* Noise that was given, [T, rows, size], as rows of the tile. */
 static void read_noise(tile *t, const float *given, int64_t size, int64_t step) {
@@ -113,15 +109,22 @@ static void draw_normals(tile *t, int head, int64_t size, int64_t step, const fl
         return;
     }
     vi back = vi_set((uint32_t)(t->call->num_steps - 1 - step));
-    for (int lane = 0; lane < t->lanes; lane += LANES) {
-        vi row = rows_of(t, lane);
-        for (int64_t block = 0; block * 4 < size; block++) {
+    /* All words first: both are long chains of operations, and short loops overlap better. */
+    for (int64_t block = 0; block * 4 < size; block++) {
+        float *to = t->noise + block * 4 * TILE;
+        for (int lane = 0; lane < t->lanes; lane += LANES) {
             vi word[4];
-            vf z[4];
-            philox(row, back, (uint32_t)head << 16 | (uint32_t)block, &t->keys, word);
-            box_muller(word[0], word[1], &z[0], &z[1]);
-            box_muller(word[2], word[3], &z[2], &z[3]);
-            for (int i = 0; i < 4; i++) v_store(t->noise + (block * 4 + i) * TILE + lane, z[i]);
+            philox(rows_of(t, lane), back, (uint32_t)head << 16 | (uint32_t)block, &t->keys, word);
+            for (int i = 0; i < 4; i++) vi_store(to + i * TILE + lane, word[i]);
+        }
+    }
+    for (int64_t i = 0; i < size; i += 2) {
+        float *to = t->noise + i * TILE;
+        for (int lane = 0; lane < t->lanes; lane += LANES) {
+            vf z[2];
+            box_muller(vi_load(to + lane), vi_load(to + TILE + lane), &z[0], &z[1]);
+            v_store(to + lane, z[0]);
+            v_store(to + TILE + lane, z[1]);
         }
     }
 }

@@ -261,6 +261,11 @@ INLINE int count_bits(uint32_t bits) {
 #endif
 }
 
+/* first, first + 1 and so on. */
+INLINE vi vi_from(uint32_t first) {
+    static const uint32_t place[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return vi_add(vi_load(place), vi_set(first));
+}
 INLINE vf v_neg(vf a) { return vi_float(vi_xor(v_bits(a), vi_set(0x80000000u))); }
 INLINE vf v_abs(vf a) { return vi_float(vi_and(v_bits(a), vi_set(0x7fffffffu))); }
 INLINE vf v_copy_sign(vf size, vf sign) {

@@ -1,12 +1,13 @@
 /* The walk itself, compiled once for each instruction set; NAME gives its functions their names. */
 #include "mixture.h"
-#include "tables.h"
+#include "look_up.h"
 
 /* Reads the starts of a tile; returns whether all of them are states. */
 static int enter(tile *t) {
     const recall_model *m = t->model;
     const int64_t size = m->state_size;
     int good = 1;
+    memset(t->broken, 0, sizeof t->broken); /* of lanes beyond the tile's, too */
     for (int lane = 0; lane < t->lanes; lane++) {
         int last = lane < t->count ? lane : t->count - 1;
         int64_t from = t->start[lane] = (t->first + last) / t->call->num_traces * size;
@@ -17,7 +18,7 @@ static int enter(tile *t) {
             if (m->is_discrete) good &= value >= 0.0f && value < (float)m->cardinality[i];
             t->state[i * TILE + lane] = value;
         }
-        t->over[lane] = t->broken[lane] = 0;
+        t->over[lane] = 0;
         t->check[lane] = 0.0f;
     }
     return good;
