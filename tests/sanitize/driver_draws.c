@@ -200,6 +200,7 @@ static void live(history *h) {
     recall_resize(p, n - n / 3);
     for (int i = 0; i < 2; i++) write(h, 2);
     recall_resize(p, n);
+    refresh(h, n); /* in the same mode, as all after the first */
     draw(h, n > 4000 ? MOST_DRAWS : 40, 0.5);
 }
 

@@ -69,6 +69,9 @@ def live(size, dtype, instruction_set, parameters):
     values[1::7] = math.nan
     priorities.refresh(values)
     draw(priorities, size, parameters, DRAWS if size in (40, 257, 4097, 65537) else (0, 1, 33))
+    priorities.refresh(torch.randn(size, dtype=dtype))  # which now works out what draws need
+    draw(priorities, size, parameters)
+    priorities.refresh(values)
     stored = (size + 1) // 2
     draw(priorities, stored, parameters, beta=0.0)
     index = torch.randint(-2, size, (9,))
@@ -107,6 +110,19 @@ def every_size():
         live(size, dtype, instruction_set, parameters)
 
 
+def many_values():
+    """More than 16 MB, which are written past the caches."""
+    size = 4_200_003
+    for dtype, instruction_set in itertools.product((torch.float32, torch.float64), sets_here()):
+        for parameters in (Parameters("top"), Parameters("per")):
+            priorities = made(size, dtype, instruction_set)
+            for _ in range(2):
+                values = torch.randn(size)
+                priorities.refresh(values)
+                draw(priorities, size, parameters)
+                assert torch.equal(priorities.values, values.to(dtype))
+
+
 def failing_allocations():
     """MemoryError, and then the same draws as without."""
     global calls
@@ -120,15 +136,16 @@ def failing_allocations():
         values = torch.randn(50_000, dtype=dtype)
         uniform = torch.rand(40, dtype=torch.float64)
         for step in range(4):
-            one.refresh(values) if not step else one.write(torch.arange(50), values[step] + 1)
+            afresh = step in (0, 3)
+            one.refresh(values + step) if afresh else one.write(torch.arange(50), values[step] + 1)
             for after in range(3):
                 left.value = after
                 calls += 1
                 try:
-                    if step:
-                        other.write(torch.arange(50), values[step] + 1)
+                    if afresh:
+                        other.refresh(values + step)
                     else:
-                        other.refresh(values)
+                        other.write(torch.arange(50), values[step] + 1)
                     other.draw(uniform, 50_000, parameters, 0.5)
                 except MemoryError:
                     failed += 1
@@ -143,7 +160,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"{interface.LIBRARY}, instruction sets {sets_here()}", flush=True)
-    for part in (failing_allocations, every_size):
+    for part in (failing_allocations, many_values, every_size):
         if not sys.argv[1:] or part.__name__ in sys.argv:
             part()
             print(f"{part.__name__}: {calls} calls so far", flush=True)

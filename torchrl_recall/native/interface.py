@@ -135,6 +135,7 @@ _SIGNATURES = {
     # Of draws by value, whose structure is in `priorities.py`.
     "recall_priorities_bytes": [],
     "recall_num_nodes": [c_int64],
+    "recall_expect": [c_void_p, c_int64],
     "recall_census": [c_void_p],
     "recall_prepare": [c_void_p],
     "recall_write": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_double],

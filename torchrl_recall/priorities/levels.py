@@ -184,11 +184,17 @@ class TorchPriorities:
         self._check_below(values.numel() - 1)
         target = self.values[: values.numel()]
         self._forget()
+        self._table.extremes.clear()
         length = self._table.slice
-        for part, out in zip(values.split(length), target.split(length), strict=True):
+        for start in range(0, values.numel(), length):
+            part, out = values[start : start + length], target[start : start + length]
             out.copy_(part)
-            if not self._waits or not math.isfinite(out.sum().item()):
-                out.copy_(self._refuse(out, None))
+            if self._waits:  # masks take several times as long as the copy; mostly there is no need
+                extremes = self._table.extremes.of(start, out)
+                if extremes.all_finite and (math.isnan(none) or extremes.lowest > none):
+                    continue
+                self._table.extremes.clear()
+            out.copy_(self._refuse(out, None))
             if not math.isnan(none):
                 out.masked_fill_(part == none, -math.inf)
 
@@ -212,6 +218,7 @@ class TorchPriorities:
     def _note(self, index: Tensor, lowest: int, highest: int) -> tuple[Tensor, Tensor | None]:
         """Note which entries change; return them without negative ones, and which those are."""
         self._check_below(highest)
+        self._table.extremes.clear()
         keep = None
         if lowest < 0:
             keep = index >= 0

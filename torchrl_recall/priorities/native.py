@@ -61,12 +61,12 @@ class NativePriorities:
         if capacity < values.numel():
             raise ValueError(f"capacity must be at least {values.numel()}, got {capacity}")
         # The library reads sixteen at a time.
-        padded = torch.full((-(-capacity // 16) * 16,), -math.inf, dtype=dtype, device="cpu")
+        padded = self._new(-(-capacity // 16) * 16, dtype).fill_(-math.inf)
         padded[: values.numel()] = values
         # Tensors that own the memory of what the structure points to.
         memory = {
-            "nodes": _memory(self._library.recall_num_nodes(capacity), torch.float64),
-            "band": _memory(priorities.MAX_BAND, torch.int32),
+            "nodes": self._new(self._library.recall_num_nodes(capacity), torch.float64),
+            "band": self._new(priorities.MAX_BAND, torch.int32),
         }
         # All at last: where memory runs out, what was there stays.
         self.capacity, self.values, self._memory = capacity, padded[:capacity], memory
@@ -80,9 +80,15 @@ class NativePriorities:
         )
         self._address = ctypes.addressof(self._state)
 
+    def _new(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Memory that holds nothing yet."""
+        memory = torch.empty(count, dtype=dtype, device="cpu")
+        self._library.recall_expect(memory.data_ptr(), memory.nbytes)
+        return memory
+
     def _allot(self, name: str, count: int, dtype: torch.dtype) -> None:
         if name not in self._memory:
-            memory = _memory(count, dtype)
+            memory = self._new(count, dtype)
             self._memory[name] = memory
             setattr(self._state, name, memory.data_ptr())
 
@@ -149,6 +155,9 @@ class NativePriorities:
             IndexError: if there are more values than entries. Nothing is written then.
         """
         values = _floats(values)
+        if self._parameters is not None and self._parameters.mode == "top":
+            # If all may be drawn; else it is counted again below.
+            self._state.num_best = best_count(self._parameters.top, self._state.size)
         self._refuse(
             self._library.recall_refresh(
                 self._address,
@@ -259,10 +268,6 @@ class NativePriorities:
         if status == priorities.NOTHING_TO_DRAW:
             raise nothing_to_draw(self._state.size)
         raise MemoryError("no memory to draw by value")
-
-
-def _memory(count: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(count, dtype=dtype, device="cpu")
 
 
 def _floats(values: Tensor) -> Tensor:

@@ -14,31 +14,35 @@ from torch import Tensor
 from torchrl_recall.priorities.sums import running_sums
 from torchrl_recall.priorities.weights import best_count
 
-_SLICE = 1 << 17  # stays in the cache
+_SLICE = 1 << 18  # stays in the cache
 _SAMPLE = 1 << 14
-_ROW = 64
+_ROW, _PART = 64, 8
 
 
-def count_at_least(values: Tensor, bound: float) -> int:
-    """Count the values that are at least ``bound``; NaN is not.
+def count_outside(values: Tensor, low: float, high: float) -> tuple[int, int]:
+    """Count the values that are above ``high``, and those that are at least ``low``; NaN is not.
 
     Args:
         values: ``[n]``, floating, on the CPU.
-        bound: may be infinite.
+        low: may be infinite, as ``high`` may.
+        high: at least ``low``.
     """
     # A comparison into floats and their sum are vectorised; count_nonzero and masks are not.
-    part = torch.empty(min(_SLICE, values.numel()))
-    return sum(
-        int(torch.ge(x, bound, out=part[: x.numel()]).sum().item()) for x in values.split(_SLICE)
-    )
+    buffer, above, at_least = torch.empty(min(_SLICE, values.numel())), 0, 0
+    for x in values.split(_SLICE):
+        part = buffer[: x.numel()]
+        above += int(torch.gt(x, high, out=part).sum().item())
+        at_least += int(torch.ge(x, low, out=part).sum().item())
+    return above, at_least
 
 
-def top_threshold(values: Tensor, top: float) -> tuple[float, float, int]:
+def top_threshold(values: Tensor, top: float, *, no_nan: bool = False) -> tuple[float, float, int]:
     """Find the least value that the mode ``"top"`` keeps.
 
     Args:
         values: ``[n]``, floating, on the CPU; NaN is never drawn.
         top: fraction that is kept.
+        no_nan: whether none is known to be NaN.
 
     Returns:
         The threshold, the weight of the entries that equal it, and the number of drawable entries.
@@ -49,39 +53,36 @@ def top_threshold(values: Tensor, top: float) -> tuple[float, float, int]:
     """
     # Only NaN makes the sum NaN, or, harmlessly, an overflow.
     n = values.numel()
-    if math.isnan(values.sum().item()):
-        n = count_at_least(values, -math.inf)
+    if not no_nan and math.isnan(values.sum().item()):
+        n = count_outside(values, -math.inf, math.inf)[1]
     if n == 0:
         return math.inf, 0.0, 0
     k = best_count(top, n)
     low, high = _bracket(values, k / n)
-    above_high = count_at_least(values, _next_above(high, values.dtype))
-    at_least_low = count_at_least(values, low)
+    above_high, at_least_low = count_outside(values, low, high)
     if not above_high < k <= at_least_low:  # the sample misled
-        low, high, above_high = -math.inf, math.inf, 0
-        at_least_low = n
-    if at_least_low - above_high > _SAMPLE // 8 and math.isfinite(high - low):
-        # Interpolate, and count again: a pass costs less than many candidates do.
+        low, high = -math.inf, math.inf
+    elif low == high:
+        return low, (k - above_high) / (at_least_low - above_high), n
+    elif at_least_low - above_high > _SAMPLE // 8 and math.isfinite(high - low):
+        # Interpolate: fewer candidates are worth the chance that the threshold is not among them.
         m = at_least_low - above_high
         middle = low + (high - low) * (at_least_low - k) / m
         margin = (high - low) * (0.03 + 2 / math.sqrt(m))  # bent density, chance
-        closer = _representable(max(low, middle - margin), values.dtype)
-        count = count_at_least(values, closer)
-        if count >= k:
-            low, at_least_low = closer, count
-        closer = _representable(min(high, middle + margin), values.dtype)
-        count = count_at_least(values, _next_above(closer, values.dtype))
-        if count < k:
-            high, above_high = closer, count
-    if low == high:
-        threshold, above, tied = low, above_high, at_least_low - above_high
-    else:
-        between = _between(values, low, high)
-        threshold = between.kthvalue(between.numel() - (k - above_high) + 1).values
-        above = above_high + int((between > threshold).sum())
-        tied = int((between == threshold).sum())
-        threshold = threshold.item()
-    return threshold, (k - above) / tied, n
+        closer_low = _representable(max(low, middle - margin), values.dtype)
+        closer_high = _representable(min(high, middle + margin), values.dtype)
+        above, between = _split(values, closer_low, closer_high)
+        if above < k <= above + between.numel():
+            return *_among(between, k - above), n
+    above, between = _split(values, low, high)
+    return *_among(between, k - above), n
+
+
+def _among(candidates: Tensor, k: int) -> tuple[float, float]:
+    """The k-th largest, from 1, and the weight of those that equal it."""
+    threshold = candidates.kthvalue(candidates.numel() - k + 1).values
+    above, tied = int((candidates > threshold).sum()), int((candidates == threshold).sum())
+    return threshold.item(), (k - above) / tied
 
 
 def _bracket(values: Tensor, fraction: float) -> tuple[float, float]:
@@ -104,24 +105,31 @@ def _representable(x: float, dtype: torch.dtype) -> float:
     return torch.tensor(x, dtype=dtype).item()
 
 
-def _next_above(x: float, dtype: torch.dtype) -> float:
-    x_tensor = torch.tensor(x, dtype=dtype)
-    return torch.nextafter(x_tensor, x_tensor.new_tensor(math.inf)).item()
+def _split(values: Tensor, low: float, high: float) -> tuple[int, Tensor]:
+    """How many values are above ``high``, and those in [low, high], in one pass.
 
-
-def _between(values: Tensor, low: float, high: float) -> Tensor:
-    """The values in [low, high]: few, so that rows without any are skipped first."""
-    parts = []
-    buffers = torch.empty(2, min(_SLICE, values.numel()))
-    for x in values.split(_SLICE):
-        within, beyond = buffers[:, : x.numel()]
-        torch.ge(x, low, out=within)
-        within.sub_(torch.gt(x, high, out=beyond))
-        whole = x.numel() // _ROW * _ROW
-        row = within[:whole].view(-1, _ROW).sum(1).nonzero().squeeze(1)
-        for part in (x[:whole].view(-1, _ROW).index_select(0, row).view(-1), x[whole:]):
-            parts.append(part[(part >= low) & (part <= high)])
-    return torch.cat(parts)
+    The latter are few: masks go over rows in which there are some, and over parts of these.
+    """
+    whole = values.numel() // _ROW * _ROW
+    buffer = torch.empty(min(_SLICE, whole))
+    at_least, beyond = torch.empty(2, whole // _ROW)  # of each row
+    for start in range(0, whole, _SLICE):
+        x = values[start : min(start + _SLICE, whole)]
+        part = slice(start // _ROW, (start + x.numel()) // _ROW)
+        by_row = buffer[: x.numel()].view(-1, _ROW)
+        torch.ge(x.view(-1, _ROW), low, out=by_row)
+        torch.sum(by_row, 1, out=at_least[part])
+        torch.gt(x.view(-1, _ROW), high, out=by_row)
+        torch.sum(by_row, 1, out=beyond[part])
+    above = int(beyond.double().sum().item())
+    row = (at_least != beyond).nonzero().squeeze(1)
+    rows = values[:whole].view(-1, _ROW).index_select(0, row)
+    within = torch.ge(rows, low, out=torch.empty_like(rows, dtype=torch.float32))
+    within -= torch.gt(rows, high, out=torch.empty_like(within))
+    part = within.view(-1, _PART).sum(1).nonzero().squeeze(1)
+    rest = values[whole:]
+    some = torch.cat([rows.view(-1, _PART).index_select(0, part).view(-1), rest])
+    return above + int((rest > high).sum()), some[(some >= low) & (some <= high)]
 
 
 def device_top_threshold(values: Tensor, top: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,6 +32,58 @@ class Reference(NamedTuple):
     valued: bool | Tensor = True  # whether anything has a value
 
 
+class Extremes(NamedTuple):
+    """The least and the largest of some values; both NaN if one of these is."""
+
+    lowest: float
+    highest: float
+
+    @property
+    def all_finite(self) -> bool:
+        """Whether every value is a finite number."""
+        return self.lowest > -math.inf and self.highest < math.inf
+
+    @property
+    def has_nan(self) -> bool:
+        """Whether a value is NaN."""
+        return math.isnan(self.lowest)
+
+    def largest_key(self, magnitude: bool, floor: float) -> float | None:
+        """What `largest_key` returns, or None where these two do not tell."""
+        if not self.all_finite or (magnitude and self.lowest < floor):
+            return None
+        return max(-self.lowest, self.highest) if magnitude else self.highest
+
+
+class SliceExtremes:
+    """Extremes of slices of values, each looked for once, until values change.
+
+    Examples:
+        >>> extremes, values = SliceExtremes(), torch.tensor([3.0, -1.0, 2.0])
+        >>> extremes.of(1, values[1:])
+        Extremes(lowest=-1.0, highest=2.0)
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], Extremes] = {}
+
+    def clear(self) -> None:
+        """Forget all, as values have changed."""
+        self._known.clear()
+
+    def of(self, start: int, values: Tensor) -> Extremes:
+        """Return those of a slice, on the CPU.
+
+        Args:
+            start: where it begins.
+            values: ``[n]``, what is there, floating.
+        """
+        place = (start, values.numel())
+        if place not in self._known:
+            self._known[place] = Extremes(*(float(x.item()) for x in values.aminmax()))
+        return self._known[place]
+
+
 def soft_center(largest: float, temperature: float) -> tuple[tuple[float, float], float]:
     """Return the granule of the largest value, which never falls when it rises, and its center."""
     granules = largest / (_HEADROOM * temperature)
@@ -119,7 +171,8 @@ def _fill_top(out: Tensor, values: Tensor, reference: Reference) -> None:
         torch.ge(values, reference.center, out=out)
         return
     torch.eq(values, reference.center, out=out)
-    out.mul_(reference.share).add_(values > reference.center)
+    # Into floats: masks take several times as long.
+    out.mul_(reference.share).add_(torch.gt(values, reference.center, out=torch.empty_like(out)))
 
 
 def _fill_soft(out: Tensor, values: Tensor, temperature: float, reference: Reference) -> None:

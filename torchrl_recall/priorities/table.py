@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchrl_recall.priorities import ranks, scales
-from torchrl_recall.priorities.scales import Reference
+from torchrl_recall.priorities.scales import Reference, SliceExtremes
 from torchrl_recall.priorities.sums import FAN_OUT, LeastWeights, SumLevels
 from torchrl_recall.priorities.weights import Parameters
 
@@ -32,6 +32,7 @@ class WeightTable:
 
     def __init__(self, values: Tensor, waits: bool) -> None:
         self.size, self.parameters = 0, Parameters()
+        self.extremes = SliceExtremes()  # who changes the values clears them
         self.slice = _CPU_SLICE if waits else _DEVICE_SLICE
         self._values, self._waits = values, waits
         self._weights = torch.zeros(values.numel(), device=values.device)
@@ -70,17 +71,10 @@ class WeightTable:
             self._fill_by_rank()
         else:
             self._reference = self._new_reference(floor)
-            end = -(-size // scales.LANES) * scales.LANES
-            for start in range(0, end, self.slice):
-                values = self._values[start : min(start + self.slice, end)]
-                weights = self._weights[start : start + values.numel()]
+            for start, values, _ in self._slices():
                 plain = self._waits and not isinstance(floor, Tensor) and floor == -math.inf
-                plain = plain and math.isfinite(values.sum().item())
-                scales.fill_weights(weights, values, parameters, self._reference, plain)
-            self._weights[size:end] = 0.0
-        for start, _, _ in self._slices():
-            stop = min(start + self.slice, -(-size // FAN_OUT) * FAN_OUT)
-            self._sums.set_slice(start, self._weights[start:stop])
+                plain = plain and self.extremes.of(start, values).all_finite
+                self._fill(start, plain)
         self._sums.finish()
 
     def update(self, index: Tensor, size: int) -> bool:
@@ -234,9 +228,17 @@ class WeightTable:
 
     def _largest(self, magnitude: bool, floor: float | Tensor) -> float | Tensor:
         """Largest value or magnitude of all, a number where the host may look."""
-        found = [scales.largest_key(v, magnitude, floor, self._waits) for _, v, _ in self._slices()]
-        largest = torch.stack(found).amax()
-        return float(largest.item()) if self._waits else largest
+        if not self._waits:
+            found = [scales.largest_key(v, magnitude, floor, False) for _, v, _ in self._slices()]
+            return torch.stack(found).amax()
+        assert isinstance(floor, float)
+        largest = -math.inf
+        for start, values, _ in self._slices():
+            key = self.extremes.of(start, values).largest_key(magnitude, floor)
+            if key is None:
+                key = float(scales.largest_key(values, magnitude, floor, True).item())
+            largest = max(largest, key)
+        return largest
 
     def _new_reference(self, floor: float | Tensor) -> Reference:
         parameters = self.parameters
@@ -245,7 +247,9 @@ class WeightTable:
             if not self._waits:
                 threshold, share, _ = ranks.device_top_threshold(values, parameters.top)
                 return Reference(floor, threshold, share)
-            threshold, share, num_drawable = ranks.top_threshold(values, parameters.top)
+            no_nan = not any(self.extremes.of(at, v).has_nan for at, v, _ in self._slices())
+            found = ranks.top_threshold(values, parameters.top, no_nan=no_nan)
+            threshold, share, num_drawable = found
             self._all_drawable = num_drawable == self.size
             return Reference(floor, threshold, share)
         largest = self._largest(parameters.mode == "per", floor)
@@ -291,6 +295,17 @@ class WeightTable:
             value = 0.0 if value == -math.inf else abs(value)
         return self._granule_of(value)[0] == self._granule
 
+    def _fill(self, start: int, plain: bool) -> None:
+        """Weigh the entries of a slice, and sum them while they are in the cache."""
+        whole = -(-self.size // scales.LANES) * scales.LANES
+        stop = min(start + self.slice, whole)
+        weights = self._weights[start:stop]
+        values = self._values[start:stop]
+        scales.fill_weights(weights, values, self.parameters, self._reference, plain)
+        if stop > self.size:
+            weights[self.size - start :] = 0.0
+        self._sums.set_slice(start, weights)
+
     def _fill_by_rank(self) -> None:
         values = self._values[: self.size]
         if self._order is None:
@@ -303,3 +318,6 @@ class WeightTable:
         if self.parameters.min_value is not None:
             for _, part, out in self._slices():
                 out.mul_(part >= self._reference.floor)
+        for start in range(0, self.size, self.slice):
+            stop = min(start + self.slice, -(-self.size // FAN_OUT) * FAN_OUT)
+            self._sums.set_slice(start, self._weights[start:stop])

@@ -87,10 +87,32 @@ INLINE int64_t leaves_of(const levels *l, int64_t node) {
     return l->num_leaves - node * FAN < FAN ? l->num_leaves - node * FAN : FAN;
 }
 
+/* Chooses among the sixteen leaves of a node. */
+INLINE int choose_leaf(const float *weight, double *rest, double *drawn) {
+    double x[FAN];
+    for (int j = 0; j < FAN; j++) x[j] = weight[j];
+    const int chosen = choose_weight(x, rest);
+    *drawn = x[chosen];
+    return chosen;
+}
+
+/* From nodes to entries, where these are floats; constants say what their weights need. */
+INLINE void choose_floats(const recall_priorities *p, const form_vectors *f, const levels *l,
+                          int64_t count, int is_soft, int is_power, double *rest, int64_t *at,
+                          double *drawn) {
+    float weight[FAN];
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t first = at[i] * FAN;
+        float_weights(f, (const float *)p->values + first, FAN, is_soft, is_power, 0, weight);
+        for (int64_t j = leaves_of(l, at[i]); j < FAN; j++) weight[j] = 0.0f;
+        at[i] = first + choose_leaf(weight, rest + i, drawn + i);
+    }
+}
+
 /* Goes down to a leaf for each of at most SIDE_BY_SIDE numbers in [0, sum of weights). */
 static void descend(const recall_priorities *p, const recall_form *f, const levels *l,
                     const roots *from, int64_t count, double *rest, int64_t *at, double *drawn) {
-    double x[FAN];
+    float weight[FAN];
     choose_roots(l, from, count, rest, at);
     for (int64_t i = 0; i < count; i++) prefetch_children(p, f, l, from->level, at[i]);
     for (int64_t level = from->level; level > 0; level--) {
@@ -99,15 +121,16 @@ static void descend(const recall_priorities *p, const recall_form *f, const leve
             prefetch_children(p, f, l, level - 1, at[i]);
         }
     }
-    for (int64_t i = 0; i < count; i++) {
-        float weight[FAN];
-        const int64_t n = leaves_of(l, at[i]);
-        leaf_weights(p, f, at[i] * FAN, n, 0, weight);
-        for (int j = 0; j < FAN; j++) x[j] = weight[j];
-        const int chosen = choose_weight(x, rest + i);
-        at[i] = at[i] * FAN + chosen;
-        drawn[i] = x[chosen];
-    }
+    const form_vectors v = vectors_of(f);
+    if (f->mode == MODE_RANK || p->is_double) {
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t first = at[i] * FAN;
+            leaf_weights(p, f, first, leaves_of(l, at[i]), 0, weight);
+            at[i] = first + choose_leaf(weight, rest + i, drawn + i);
+        }
+    } else if (f->mode == MODE_SOFT) choose_floats(p, &v, l, count, 1, 0, rest, at, drawn);
+    else if (f->alpha != 1.0) choose_floats(p, &v, l, count, 0, 1, rest, at, drawn);
+    else choose_floats(p, &v, l, count, 0, 0, rest, at, drawn);
 }
 
 /* The same with counts: goes to the entry of that number among those above the threshold

@@ -3,7 +3,7 @@
 #define RECALL_DRAWS_H
 
 #include "descent.h"
-#include "writes.h"
+#include "refresh.h"
 
 /* The weight of one entry. */
 static double weight_of(const recall_priorities *p, const levels *l, int64_t entry) {

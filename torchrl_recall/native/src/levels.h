@@ -65,31 +65,72 @@ INLINE void add_children(const recall_form *f, const levels *l, int64_t level, i
     sums_of_doubles(l->node[level - 1].sum + from * FAN, to - from, l->node[level].sum + from);
 }
 
-/* Adds up all nodes above the leaves from `first` on. */
-static void build(const recall_priorities *p, const recall_form *f, levels *l, int64_t first) {
-    const int all_valued = p->census_is_valid && p->num_valued == p->size;
-    for (int64_t level = 0; level < l->num_levels; level++) {
-        const int64_t count = l->count[level];
-        first /= FAN;
-        if (level) {
-            add_children(f, l, level, first, count);
-        } else {
-            for (int64_t i = first; i < count; i += RUN / FAN) {
-                const int64_t to = i + RUN / FAN < count ? i + RUN / FAN : count;
-                /* A constant, so that each is compiled without the other's work. */
-                if (all_valued) add_leaves(p, f, l, i, to, 1);
-                else add_leaves(p, f, l, i, to, 0);
-            }
-        }
-        /* Zero in both forms. */
-        if (count % FAN) memset(l->node[level].sum + count, 0, (size_t)(FAN - count % FAN) * 8);
+/* Adds up the lowest nodes [from, to), a run at a time. */
+static void build_lowest(const recall_priorities *p, const recall_form *f, const levels *l,
+                         int64_t from, int64_t to, int all_valued) {
+    for (int64_t i = from; i < to; i += RUN / FAN) {
+        const int64_t end = i + RUN / FAN < to ? i + RUN / FAN : to;
+        /* A constant, so that each is compiled without the other's work. */
+        if (all_valued) add_leaves(p, f, l, i, end, 1);
+        else add_leaves(p, f, l, i, end, 0);
     }
+}
+
+/* What is behind the nodes of a level, up to a whole node above: zero in both forms. */
+INLINE void pad(const levels *l, int64_t level) {
+    const int64_t count = l->count[level];
+    if (count % FAN) memset(l->node[level].sum + count, 0, (size_t)(FAN - count % FAN) * 8);
+}
+
+/* Adds up level 1 from its node `first` on, and the levels above from `second` of level 2 on. */
+static void build_above(const recall_form *f, const levels *l, int64_t first, int64_t second) {
+    pad(l, 0);
+    for (int64_t level = 1; level < l->num_levels; level++) {
+        add_children(f, l, level, first, l->count[level]);
+        pad(l, level);
+        first = second;
+        second /= FAN;
+    }
+}
+
+/* Adds up all nodes above the leaves from `first` on. */
+static void build(const recall_priorities *p, const recall_form *f, const levels *l, int64_t first) {
+    const int all_valued = p->census_is_valid && p->num_valued == p->size;
+    build_lowest(p, f, l, first / FAN, l->count[0], all_valued);
+    build_above(f, l, first / (FAN * FAN), first / (FAN * FAN * FAN));
+}
+
+/* The lowest nodes above some entries, where these are floats; constants say what weights need. */
+INLINE void add_float_nodes(const recall_priorities *p, const form_vectors *f, const levels *l,
+                            const int64_t *index, int64_t count, int is_soft, int is_power) {
+    float weight[FAN];
+    for (int64_t i = 0, last = -1; i < count; i++) {
+        const int64_t at = index[i] >> 4, n = l->num_leaves - at * FAN;
+        if (index[i] < 0 || index[i] >= l->num_leaves || at == last) continue;
+        float_weights(f, (const float *)p->values + at * FAN, FAN, is_soft, is_power, 0, weight);
+        for (int64_t j = n; j < FAN; j++) weight[j] = 0.0f;
+        sums_of_floats(weight, 1, l->node[0].sum + at);
+        last = at;
+    }
+}
+
+static void update_floats(const recall_priorities *p, const recall_form *f, const levels *l,
+                          const int64_t *index, int64_t count) {
+    const form_vectors v = vectors_of(f);
+    if (f->mode == MODE_SOFT) add_float_nodes(p, &v, l, index, count, 1, 0);
+    else if (f->alpha != 1.0) add_float_nodes(p, &v, l, index, count, 0, 1);
+    else add_float_nodes(p, &v, l, index, count, 0, 0);
 }
 
 /* Adds up the nodes above some entries; negative indices are skipped. */
 static void update(const recall_priorities *p, const recall_form *f, levels *l,
                    const int64_t *index, int64_t count) {
-    for (int64_t level = 0; level < l->num_levels; level++) {
+    int64_t level = 0;
+    if (f->sums == SUMS_OF_WEIGHTS && f->mode != MODE_RANK && !p->is_double) {
+        update_floats(p, f, l, index, count);
+        level = 1;
+    }
+    for (; level < l->num_levels; level++) {
         if (level && l->count[level] <= count) {
             add_children(f, l, level, 0, l->count[level]);
             continue;

@@ -1,4 +1,5 @@
 /* The doors of draws by value: which kernel runs is decided here. */
+#include "large_pages.h"
 #include "priorities.h"
 
 #include "processor.h"
@@ -38,6 +39,11 @@ int64_t recall_num_nodes(int64_t capacity) {
         sum += (capacity + 15) / 16 * 16;
     } while (capacity > 1);
     return sum;
+}
+
+int64_t recall_expect(void *memory, int64_t bytes) {
+    expect(memory, bytes);
+    return OK;
 }
 
 int64_t recall_census(recall_priorities *p) { CHOOSE(recall_census, p, p) }

@@ -57,6 +57,8 @@ typedef struct {
 
 RECALL_EXPORT int64_t recall_priorities_bytes(void); /* of the structure, as a check of versions */
 RECALL_EXPORT int64_t recall_num_nodes(int64_t capacity);
+/* Asks for large pages where memory is about to be written for the first time. */
+RECALL_EXPORT int64_t recall_expect(void *memory, int64_t bytes);
 /* Brings the census up to date; MODE_TOP needs `num_drawable` to know its `num_best`. */
 RECALL_EXPORT int64_t recall_census(recall_priorities *p);
 /* Brings all that a draw needs up to date. */

@@ -1,9 +1,5 @@
 /* The library's doors: which kernel runs is decided here. */
-#if defined(__linux__)
-#define _DEFAULT_SOURCE
-#include <sys/mman.h>
-#endif
-
+#include "large_pages.h"
 #include "recall.h"
 
 #include "processor.h"
@@ -70,18 +66,6 @@ int64_t recall_tables(const recall_model *model, const void *block, void *tables
     int64_t result;
     CHOOSE(instruction_set, recall_tables, model, block, tables)
     return result;
-}
-
-/* Fresh memory in large pages costs a fraction of the page faults. */
-static void expect(void *memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t page = (uintptr_t)2 << 20;
-    uintptr_t from = ((uintptr_t)memory + page - 1) & ~(page - 1);
-    uintptr_t to = ((uintptr_t)memory + (uintptr_t)bytes) & ~(page - 1);
-    if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)bytes;
-#endif
 }
 
 static void expect_outputs(const recall_model *model, const recall_call *call) {

@@ -72,6 +72,56 @@ static int OF(split)(const VALUE *v, int64_t n, VALUE high, VALUE low, int64_t c
     return counts[BETWEEN] + LANES <= room;
 }
 
+/* Between which two of a sample's m values, which are reordered, lies the one that `middle` of them
+ * are above, give or take `spread`: `high` and `low` stay what they are where none is beyond. Returns
+ * how many of the sample are between. */
+static int64_t OF(bracket)(VALUE *few, int64_t m, double middle, double spread, VALUE *high,
+                           VALUE *low) {
+    const int64_t first = (int64_t)fmin(fmax(middle - spread, 0.0), (double)m);
+    const int64_t last = (int64_t)fmin(fmax(middle + spread, 0.0), (double)m);
+    if (middle >= spread && first < m) *high = OF(partition)(few, m, first);
+    /* What is partitioned has the larger ones in front. */
+    if (last < m) *low = OF(partition)(few + first, m - first, last - first);
+    return last - first;
+}
+
+static int64_t OF(find)(recall_priorities *, const VALUE *, int64_t, int64_t, int64_t);
+
+/* Goes on once it is counted what lies where: `inside` is what lies between, and is freed, unless it
+ * is not looked at. It was found among `all`. */
+static int64_t OF(narrow)(recall_priorities *p, int64_t counts[4], VALUE high, VALUE low,
+                          VALUE *inside, int64_t all, int64_t k) {
+    int64_t status = OK;
+    p->num_above += counts[ABOVE];
+    p->num_over = -1; /* no band, unless one comes yet */
+    k -= counts[ABOVE];
+    if (k < counts[AT_HIGH]) {
+        p->threshold = (double)high;
+        p->num_tied = counts[AT_HIGH];
+    } else if (k >= counts[AT_HIGH] + counts[BETWEEN]) {
+        p->threshold = (double)low;
+        p->num_above += counts[AT_HIGH] + counts[BETWEEN];
+        p->num_tied = counts[AT_LOW];
+    } else {
+        p->num_above += counts[AT_HIGH];
+        p->band_low = (double)low;
+        p->band_high = (double)high;
+        k -= counts[AT_HIGH];
+        if (counts[BETWEEN] < all) {
+            status = OF(find)(p, inside, counts[BETWEEN], counts[BETWEEN], k);
+        } else { /* the same sample would tell the same again */
+            high = OF(partition)(inside, all, k);
+            memset(counts, 0, 4 * sizeof *counts);
+            OF(count)(inside, all, high, high, counts);
+            p->threshold = (double)high;
+            p->num_above += counts[ABOVE];
+            p->num_tied = counts[AT_HIGH];
+        }
+    }
+    free(inside);
+    return status;
+}
+
 /* Finds the k-th largest (from 0) of n values, of which `all` > k are not NaN: the threshold, with
  * how many lie at it, and above it beside those that are counted already. The last few, among which
  * it is found, are the band. */
@@ -91,28 +141,25 @@ static int64_t OF(find)(recall_priorities *p, const VALUE *v, int64_t n, int64_t
         p->num_tied = counts[AT_HIGH];
         return OK;
     }
-    /* Places by the golden ratio fall in step with no period of the data. */
     uint64_t place = 0;
     for (int64_t i = 0; i < FEW; i++) {
-        place += 0x9e3779b97f4a7c15u;
-        const VALUE x = v[(int64_t)((double)(place >> 11) * 0x1p-53 * (double)n)];
+        const VALUE x = v[next_place(&place, n)];
         if (x == x) few[m++] = x;
     }
     /* Where the wanted one lies in the sample, give or take three standard deviations, or more if
      * the sample was unlucky. */
-    const double share = ((double)k + 0.5) / (double)all, middle = share * (double)m;
+    const double share = ((double)k + 0.5) / (double)all;
     double spread = 3.0 * sqrt((double)m * share * (1.0 - share)) + 1.0;
     VALUE *inside = NULL;
     int is_between = 0, has_room = 0;
     for (; !is_between; spread *= 4.0) {
-        const int64_t first = (int64_t)fmax(middle - spread, 0.0);
-        const int64_t last = (int64_t)fmin(middle + spread, (double)m);
-        high = middle >= spread ? OF(partition)(few, m, first) : (VALUE)INFINITY;
-        /* What is partitioned has the larger ones in front. */
-        low = last < m ? OF(partition)(few + first, m - first, last - first) : -(VALUE)INFINITY;
+        high = (VALUE)INFINITY;
+        low = -(VALUE)INFINITY;
+        const int64_t few_between =
+            OF(bracket)(few, m, share * (double)m, spread, &high, &low);
         /* As many as the sample lets expect, and a quarter more. */
         const int64_t room =
-            (int64_t)(1.25 * (double)(last - first) / (double)(m + 1) * (double)n) + FEW;
+            (int64_t)(1.25 * (double)few_between / (double)(m + 1) * (double)n) + FEW;
         free(inside);
         inside = malloc((size_t)room * sizeof *inside);
         if (!inside) return NO_MEMORY;
@@ -120,42 +167,12 @@ static int64_t OF(find)(recall_priorities *p, const VALUE *v, int64_t n, int64_t
         is_between = k >= counts[ABOVE] &&
                      k < counts[ABOVE] + counts[AT_HIGH] + counts[BETWEEN] + counts[AT_LOW];
     }
-    p->num_above += counts[ABOVE];
-    p->num_over = -1; /* no band, unless one comes yet */
-    if (k < counts[ABOVE] + counts[AT_HIGH]) {
-        p->threshold = (double)high;
-        p->num_tied = counts[AT_HIGH];
-        free(inside);
-        return OK;
-    }
-    k -= counts[ABOVE] + counts[AT_HIGH];
-    p->num_above += counts[AT_HIGH];
-    if (k >= counts[BETWEEN]) {
-        p->threshold = (double)low;
-        p->num_above += counts[BETWEEN];
-        p->num_tied = counts[AT_LOW];
-        free(inside);
-        return OK;
-    }
-    if (!has_room) {
+    const int64_t number = k - counts[ABOVE] - counts[AT_HIGH];
+    if (!has_room && number >= 0 && number < counts[BETWEEN]) {
         free(inside);
         inside = malloc((size_t)(counts[BETWEEN] + LANES) * sizeof *inside);
         if (!inside) return NO_MEMORY;
         OF(gather)(v, n, high, low, inside);
     }
-    p->band_low = (double)low;
-    p->band_high = (double)high;
-    int64_t status = OK;
-    if (counts[BETWEEN] < all) {
-        status = OF(find)(p, inside, counts[BETWEEN], counts[BETWEEN], k);
-    } else { /* the same sample would tell the same again */
-        high = OF(partition)(inside, all, k);
-        memset(counts, 0, sizeof counts);
-        OF(count)(inside, all, high, high, counts);
-        p->threshold = (double)high;
-        p->num_above += counts[ABOVE];
-        p->num_tied = counts[AT_HIGH];
-    }
-    free(inside);
-    return status;
+    return OF(narrow)(p, counts, high, low, inside, all, k);
 }

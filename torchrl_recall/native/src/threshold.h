@@ -12,6 +12,12 @@
 /* Places among the values, for selection.h. */
 enum { ABOVE, AT_HIGH, BETWEEN, AT_LOW };
 
+/* Places by the golden ratio fall in step with no period of the data. */
+INLINE int64_t next_place(uint64_t *place, int64_t n) {
+    *place += 0x9e3779b97f4a7c15u;
+    return (int64_t)((double)(*place >> 11) * 0x1p-53 * (double)n);
+}
+
 #define VALUE float
 #define OF(name) name##_float
 #if RECALL_ISA == 512
@@ -51,19 +57,26 @@ static void leave_band(recall_priorities *p, int64_t entry) {
     if (i < p->num_band) p->band[i] = p->band[--p->num_band];
 }
 
-/* Finds the threshold among all values. */
-static int64_t find_threshold(recall_priorities *p) {
-    const int64_t k = p->num_best - 1;
+static void begin_threshold(recall_priorities *p) {
     p->num_above = p->band_is_valid = 0;
     p->band_low = p->band_high = INFINITY;
-    const int64_t status = p->is_double
-        ? find_double(p, p->values, p->size, p->num_drawable, k)
-        : find_float(p, p->values, p->size, p->num_drawable, k);
+}
+
+static int64_t end_threshold(recall_priorities *p, int64_t status) {
     p->threshold_is_valid = status == OK;
     if (p->num_over < 0) p->num_over = 0;
     else p->band_is_valid = status == OK && p->size > FEW;
     p->num_band = NOT_COLLECTED;
     return status;
+}
+
+/* Finds the threshold among all values. */
+static int64_t find_threshold(recall_priorities *p) {
+    const int64_t k = p->num_best - 1;
+    begin_threshold(p);
+    return end_threshold(p, p->is_double
+        ? find_double(p, p->values, p->size, p->num_drawable, k)
+        : find_float(p, p->values, p->size, p->num_drawable, k));
 }
 
 /* Finds which entries are in the band: when the first value is about to change, or the threshold. */

@@ -199,50 +199,6 @@ int64_t NAME(recall_erase)(recall_priorities *p, const int64_t *index, int64_t c
     return OK;
 }
 
-#define COPY(to_type, from_type)                                                                  \
-    do {                                                                                          \
-        to_type *to = (to_type *)p->values;                                                       \
-        const from_type *from = (const from_type *)values, lowest = (from_type)none;              \
-        for (int64_t i = start; i < end; i++) {                                                   \
-            const to_type x = (to_type)from[i];                                                   \
-            const int is_bad = !(x - x == 0), is_none = !is_bad & (from[i] == lowest);            \
-            to[i] = is_bad ? (to_type)NAN : is_none ? -(to_type)INFINITY : x;                     \
-            bad += is_bad;                                                                        \
-            missing += is_none;                                                                   \
-        }                                                                                         \
-    } while (0)
-
-int64_t NAME(recall_refresh)(recall_priorities *, const void *, int64_t, int64_t, double);
-int64_t NAME(recall_refresh)(recall_priorities *p, const void *values, int64_t is_double,
-                             int64_t count, double none) {
-    int64_t refused = 0;
-    if (count > p->capacity) return OUT_OF_RANGE;
-    const int with_census = count >= p->size && !p->has_min_value;
-    begin_census(p);
-    for (int64_t start = 0; start < count; start += CHUNK) {
-        const int64_t end = start + CHUNK < count ? start + CHUNK : count;
-        int32_t bad = 0, missing = 0;
-        if (p->is_double && is_double) COPY(double, double);
-        else if (p->is_double) COPY(double, float);
-        else if (is_double) COPY(float, double);
-        else COPY(float, float);
-        refused += bad;
-        if (!with_census || start >= p->size) continue;
-        if (end > p->size) {
-            take_in(p, start, p->size);
-            continue;
-        }
-        p->num_drawable += end - start - bad;
-        p->num_valued += end - start - bad - missing;
-        if (needs_largest(p)) find_largest(p, start, end, -INFINITY);
-    }
-    p->census_is_valid = with_census;
-    p->threshold_is_valid = p->band_is_valid = p->eligible_is_valid = 0;
-    p->order_is_valid = p->least_is_valid = 0;
-    p->nodes_are_valid = p->nodes_are_valid && p->num_ranks;
-    return refused;
-}
-
 int64_t NAME(recall_resize)(recall_priorities *, int64_t);
 int64_t NAME(recall_resize)(recall_priorities *p, int64_t size) {
     const int64_t before = p->size;
