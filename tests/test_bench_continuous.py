@@ -17,9 +17,10 @@ from bench.learning.continuous.cells import Cells
 from bench.learning.continuous.history import History
 from bench.learning.continuous.mountain_car import SparseMountainCarEnv
 from bench.learning.continuous.ppo import PPO
-from bench.learning.continuous.recall import RecallSettings, RecallTraces
+from bench.learning.continuous.recall import RecallSettings, RecallTraces, reward_nearness
 from bench.learning.continuous.tasks import TASKS
 from bench.learning.continuous.variants import VARIANTS, settings_of
+from bench.learning.mujoco import tasks as mujoco_tasks
 
 
 class TestMountainCar:
@@ -192,6 +193,44 @@ class TestGate:
                 promised = reached * gamma ** (4 - t)
                 assert weight[row, t] == pytest.approx(max(1 - 0.5 / promised, 0), abs=1e-5)
 
+    def test_nearness_of_rewards_by_hand(self):
+        reward = torch.tensor(
+            [
+                [0.0, 0.0, 1.0, 0.0, 0.0],  # after the reward the episode goes on: not known
+                [0.0, 0.0, 0.0, 0.0, 0.0],  # none at all
+                [0.0, -2.0, 0.0, 0.0, 0.5],  # an end between two rewards
+                [0.0, 0.0, 0.0, 1.0, 0.0],  # nothing from the third step to the end
+            ]
+        )
+        done = torch.zeros(4, 5, dtype=torch.bool)
+        done[2, 2] = done[3, 1] = done[3, 4] = True
+        ends = {"reward": reward.unsqueeze(-1), "done": done.unsqueeze(-1)}
+        g = 0.5
+        known = [g * g, g, 1.0, *[0.0] * 5, g, 1.0, 0.0, g, 1.0, 0.0, 0.0, g, 1.0, 0.0]
+        found = reward_nearness(TensorDict({"next": ends}, [4, 5]), g)
+        assert found == pytest.approx(sum(known) / len(known))
+
+    def test_open_is_both_shares(self):
+        host = self.made(0.5)
+        log = host.log
+        weight = float(host.guide.batch["weight"].mean())
+        assert 0 < log["reward_nearness"][0] < 0.1
+        assert host.guide.open == pytest.approx(weight * (1 - log["reward_nearness"][0]), abs=1e-5)
+
+    def test_where_rewards_come_all_the_time_the_run_is_the_plain_one(self):
+        # To the bit: the guide draws from streams of its own.
+        pytest.importorskip("mujoco")
+        task = mujoco_tasks.TASKS["hopper_dense"]
+        task = replace(task, ppo=replace(task.ppo, **SMALL), num_tests=1)
+        few = {"first_model_steps": 2, "num_traces": 4, "trace_steps": 5, "num_references": 16}
+        scores = []
+        for make in (None, lambda host: RecallTraces(host, RecallSettings(**few))):
+            host = PPO(task, 0, make, budget=4 * SMALL["num_envs"] * SMALL["rollout_steps"])
+            scores.append((host.train()["score"], list(host.policy.parameters())))
+        assert scores[0][0] == scores[1][0]
+        assert all(torch.equal(a, b) for a, b in zip(scores[0][1], scores[1][1], strict=True))
+        assert host.log["reward_nearness"] == [1.0] * 4
+
     def test_nothing_is_imitated_where_the_critic_expects_more(self):
         host = self.made(1e3)
         before = [p.detach().clone() for p in host.policy.parameters()]
@@ -203,7 +242,7 @@ class TestGate:
         host = self.made(0.0)
         steps = host.gradient_steps
         host.guide.finish()
-        assert host.gradient_steps - steps == RecallSettings().imitation_steps
+        assert host.gradient_steps - steps == int(RecallSettings().imitation_steps * host.guide.open)
         assert all(p.grad is None for p in host.policy.parameters())
 
 

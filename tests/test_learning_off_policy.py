@@ -161,6 +161,15 @@ class TestWeights:
         trace = TensorDict({"observation": torch.zeros(2, 3, 2)}, [2, 3])
         assert (guide._weight(trace) == 1).all()
 
+    def test_where_rewards_come_all_the_time_nothing_is_imitated(self):
+        guide = self.made_guide(near_steps=8)
+        latest = guide.history.data["next", "reward"]
+        latest[-32:] = -1.0  # the last eight steps of each of four environments
+        guide.update(guide.history.data[:0])
+        assert guide.host.log["reward_nearness"][-1] == 1.0
+        assert guide.steps is None
+        assert guide.loss() is None
+
     def test_imitation_is_that_of_the_kept_steps(self):
         guide = self.made_guide(imitation_coeff=0.5, imitation_batch=64)
         action = torch.tensor([[0.3, -0.2]])

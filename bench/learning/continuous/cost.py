@@ -9,7 +9,6 @@ while the model has everything to learn and the critic expects nothing. Results 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import time
@@ -25,23 +24,21 @@ from bench.learning.continuous.tasks import TASKS
 from bench.learning.continuous.variants import VARIANTS, settings_of
 from bench.result_files import write_result
 
-RECALLS = ["traces", "cheap"]
 FILE = store.FOLDER / "cost_continuous.json"
 
 
-def measure(task_name: str, variant_name: str = "traces", seed: int = 2000) -> dict[str, Any]:
+def measure(task_name: str, seed: int = 2000) -> dict[str, Any]:
     """Time all iterations of both learners on a task.
 
     Args:
         task_name: of the task.
-        variant_name: of the learner with traces.
         seed: of both.
 
     Returns:
         Median seconds of an iteration by learner, the ratio of the runs' times, and the median and
         the quartiles of the turns' ratios.
     """
-    task, variant = TASKS[task_name], VARIANTS[variant_name]
+    task, variant = TASKS[task_name], VARIANTS["traces"]
     guide: Any = variant.guide
     hosts = {
         "without": PPO(task, seed),
@@ -66,14 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write; tasks that are not measured anew keep what is there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--variants", nargs="+", choices=RECALLS, default=RECALLS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     made = store.provenance()
     tasks = json.loads(FILE.read_text())["tasks"] if FILE.exists() else {}
-    for name, variant in itertools.product(options.tasks, options.variants):
-        found = tasks.setdefault(name, {})[variant] = {**measure(name, variant), **made}
-        print(name, variant, found)
+    for name in options.tasks:
+        tasks[name] = {"traces": {**measure(name), **made}}
+        print(name, tasks[name])
     write_result(FILE, {"tasks": {name: tasks[name] for name in TASKS if name in tasks}})
     return 0
 

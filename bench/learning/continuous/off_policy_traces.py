@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl.data import TensorDictReplayBuffer
 
 from bench.learning.continuous.cells import Cells
-from bench.learning.continuous.recall import RewardedStarts
+from bench.learning.continuous.recall import RewardedStarts, reward_nearness
 from torchrl_recall import (
     BacktrackLoss,
     BacktrackModel,
@@ -54,6 +54,7 @@ class ReplayRecallSettings:
     starts: str = "rewarded"  # or "valued": the best share of all states, by the critic
     top: float = 0.05  # that share
     gate: str = "relative"  # or "advantage"
+    near_steps: int = 128  # of each environment, in which the nearness of rewards is measured
 
 
 class ValuedStarts:
@@ -90,7 +91,8 @@ class ReplayTraces:
     Before the first reward they lead to the rarest states and count fully. Then each step counts by
     ``max(1 - V(s_t) / R_t, 0)``, the share of the trace's return ``R_t`` that the critic does not
     expect from the policy yet (``gate="relative"``), or by ``max(Q(s_t, a_t) - V(s_t), 0)``
-    (``"advantage"``). Weights are those of the time when the traces were drawn.
+    (``"advantage"``). Weights are those of the time when the traces were drawn, times ``1 - n`` with
+    ``n`` the `reward_nearness` of the host's last steps.
 
     Args:
         host: the learner, an `OffPolicy`.
@@ -128,13 +130,15 @@ class ReplayTraces:
 
     def _make_source(self) -> None:
         s, host = self.settings, self.host
-        self.model = BacktrackModel.from_env(
-            host.env,
-            num_cells=(s.model_cells, s.model_cells),
-            observation_keys=self.keys,
-            stop=False,
-            delta_log_scale_range=(s.lowest_log_scale, 2.0),
-        )
+        # The host's random numbers stay those of the run without traces.
+        with torch.random.fork_rng(devices=[]):
+            self.model = BacktrackModel.from_env(
+                host.env,
+                num_cells=(s.model_cells, s.model_cells),
+                observation_keys=self.keys,
+                stop=False,
+                delta_log_scale_range=(s.lowest_log_scale, 2.0),
+            )
         self.model_loss = BacktrackLoss(self.model)
         self.model_optimizer = torch.optim.Adam(
             self.model.parameters(), lr=s.model_rate, fused=True
@@ -163,7 +167,9 @@ class ReplayTraces:
         trace = self._traces()
         kept = trace["collector", "mask"]
         self.host.note("trace_kept", kept.float().mean())
-        trace["weight"] = self._weight(trace)
+        near = reward_nearness(self._last_steps(), self.host.settings.gamma)
+        self.host.note("reward_nearness", near)
+        trace["weight"] = self._weight(trace) * (1 - near)
         rows = kept.nonzero(as_tuple=True)
         self.steps = None
         if len(rows[0]):
@@ -171,6 +177,14 @@ class ReplayTraces:
             self.host.note("trace_weight", steps["weight"].mean())
             steps = steps[steps["weight"] > 0]
             self.steps = steps if len(steps) else None
+
+    def _last_steps(self) -> TensorDictBase:
+        data = self.history.data.select(("next", "reward"), ("next", "done"))
+        ends = {
+            name: self.history.along_time(data["next", name])[:, -self.settings.near_steps :]
+            for name in ("reward", "done")
+        }
+        return TensorDict({"next": ends}, ends["done"].shape[:2])
 
     def loss(self) -> Tensor | None:
         """Return the imitation of some steps."""

@@ -23,23 +23,23 @@ class RecallSettings:
     """Numbers of recall traces and of their control, the real past."""
 
     num_traces: int = 32
-    trace_steps: int = 60
-    model_steps: int = 4
+    trace_steps: int = 40
+    model_steps: int = 2
     model_batch: int = 512
     model_cells: int = 64
     model_rate: float = 3e-3
     lowest_log_scale: float = -3.0  # of a change of state, in standard deviations
     even_cell: float = 0.1  # rows are drawn evenly over visited cells, in units of the inputs
-    first_model_steps: int = 50  # divided by the number of fits so far, beside the others
-    imitation_steps: int = 12  # after each update of the host
+    first_model_steps: int = 30  # divided by the number of fits so far, beside the others
+    imitation_steps: int = 6  # after each update of the host
     imitation_batch: int = 256
-    imitation_rate: float = 3e-3
+    imitation_rate: float = 6e-3
     gate: bool = True  # steps count by what the critic does not expect yet
     num_choices: int = 4  # rewarded states, of which the best starts a trace
     hold: int = 2
     radius: float = 0.25  # of last visit, in standard deviations
-    num_references: int = 512
-    num_candidates: int = 4
+    num_references: int = 256
+    num_candidates: int = 2
     support_cell: float = 0.15  # one reference of each, in standard deviations
     support: bool = True
     num_targets: int = 4
@@ -108,13 +108,35 @@ def given_weight(
     return trace["weight"]
 
 
+def reward_nearness(data: TensorDictBase, gamma: float) -> float:
+    """Return ``gamma ** k`` in the mean over a rollout ``[E, T]``, ``k`` steps before a reward.
+
+    A step that is rewarded itself, with whatever sign, counts 1; one that no reward follows in its
+    episode counts 0. What follows the rollout is not known: after an environment's last reward in
+    it, the steps of an episode that goes on are left out; where there was none, they count 0.
+    """
+    reward, done = (data["next", name][..., 0] for name in ("reward", "done"))
+    near, known = torch.zeros_like(reward), torch.zeros_like(done)
+    following, end = torch.zeros_like(reward[:, 0]), torch.zeros_like(done[:, 0])
+    for step in reversed(range(reward.shape[1])):
+        following = gamma * torch.where(done[:, step], 0.0, following)
+        following = torch.where(reward[:, step] != 0, 1.0, following)
+        end = end | done[:, step] | (reward[:, step] != 0)
+        near[:, step], known[:, step] = following, end
+    return float(near[known | (reward == 0).all(1, keepdim=True)].mean())
+
+
 class RecallTraces:
     """Traces of the model, imitated after each update of the host by steps of its own.
 
     The imitation has its own optimizer: in the host's, its gradients would swell the moments that
-    the host's own steps are divided by. Its steps are as long as the traces are open: as the mean
-    over kept steps of ``w = max(1 - V(s_t) / R_t, 0)``, the share of the trace's return that the
-    host's critic does not expect yet. Where the policy gets there by itself, they vanish.
+    the host's own steps are divided by. Of these steps as many are taken as the traces are open:
+
+    - the mean over kept steps of ``w = max(1 - V(s_t) / R_t, 0)``, the share of the trace's return
+      that the host's critic does not expect yet: where the policy gets there by itself, it vanishes;
+    - times ``1 - n``, where ``n`` says how near the next reward is in the host's own rollout, in the
+      mean over its steps ``gamma ** k``, with ``k`` steps until a reward that is not zero: where
+      rewards come all the time, the host learns from them, and w's zero is no level of ignorance.
 
     Args:
         host: the learner, with ``env``, ``actor``, ``critic``, ``history``, ``task``, ``seed``,
@@ -151,14 +173,16 @@ class RecallTraces:
 
     def _make_source(self) -> None:
         s, host = self.settings, self.host
-        self.model = BacktrackModel.from_env(
-            host.env,
-            num_cells=(s.model_cells, s.model_cells),
-            observation_keys=self.keys,
-            stop=False,
-            # Dynamics without noise: without a floor the likelihood's peaks throw the model off.
-            delta_log_scale_range=(s.lowest_log_scale, 2.0),
-        )
+        # The host's random numbers stay those of the run without traces.
+        with torch.random.fork_rng(devices=[]):
+            self.model = BacktrackModel.from_env(
+                host.env,
+                num_cells=(s.model_cells, s.model_cells),
+                observation_keys=self.keys,
+                stop=False,
+                # Dynamics without noise: without a floor the likelihood's peaks throw the model off.
+                delta_log_scale_range=(s.lowest_log_scale, 2.0),
+            )
         self.model_loss = BacktrackLoss(self.model)
         self.model_optimizer = torch.optim.Adam(
             self.model.parameters(), lr=s.model_rate, fused=True
@@ -193,7 +217,9 @@ class RecallTraces:
             return
         trace["weight"] = self._weight(trace)
         steps: Any = trace.select(*self.host.task.keys, "action", "weight")[rows]
-        self.open = float(steps["weight"].mean())
+        near = reward_nearness(data, self.host.settings.gamma)
+        self.open = float(steps["weight"].mean()) * (1 - near)
+        self.host.note("reward_nearness", near)
         self.host.note("trace_open", self.open)
         self.batch = steps
 
@@ -220,7 +246,7 @@ class RecallTraces:
         if self.batch is None:
             return
         s = self.settings
-        steps = round(s.imitation_steps * self.open)
+        steps = int(s.imitation_steps * self.open)
         drawn = torch.randint(len(self.batch), (steps, s.imitation_batch), generator=self.generator)
         for rows in drawn:
             batch = TensorDict({"trace": self.batch[rows].unsqueeze(0)}, [1])

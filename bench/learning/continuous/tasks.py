@@ -58,7 +58,7 @@ class Task:
     rarity_keys: tuple[str, ...] = ()
     score: str = "success"
     tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
-    variants: tuple[str, ...] = ("plain", "traces", "cheap", "real_past", "sil", "count", "best")
+    variants: tuple[str, ...] = ("plain", "traces", "real_past", "sil", "count", "best")
     mujoco: bool = False
     ppo: PPOSettings = field(default_factory=PPOSettings)
 
@@ -130,7 +130,7 @@ TASKS = {
             5,
             maze_options={"max_steps": 5, "start": "any"},
             test=partial(make_maze, maze="u", step_size=0.25, max_steps=60),
-            variants=("plain", "traces", "cheap", "real_past", "sil"),
+            variants=("plain", "traces", "real_past", "sil"),
         ),
         _maze_task(
             "fragments_noise",
@@ -140,7 +140,7 @@ TASKS = {
             5,
             maze_options={"max_steps": 5, "start": "any", "noise": 0.3},
             test=partial(make_maze, maze="u", step_size=0.25, max_steps=60, noise=0.3),
-            variants=("plain", "traces", "cheap", "real_past"),
+            variants=("plain", "traces", "real_past"),
         ),
         _maze_task(
             "rooms",
@@ -149,7 +149,7 @@ TASKS = {
             9,
             9,
             maze_options={"max_steps": 120},
-            variants=("plain", "traces", "cheap", "real_past", "sil", "count"),
+            variants=("plain", "traces", "real_past", "sil", "count"),
         ),
         # These two PPO solves by itself: here traces are to do no harm.
         _maze_task(
@@ -159,7 +159,7 @@ TASKS = {
             5,
             5,
             maze_options={"max_steps": 60, "start": "any"},
-            variants=("plain", "traces", "cheap", "real_past"),
+            variants=("plain", "traces", "real_past"),
         ),
         _maze_task(
             "open",
@@ -168,7 +168,7 @@ TASKS = {
             5,
             5,
             maze_options={"max_steps": 60},
-            variants=("plain", "traces", "cheap", "real_past"),
+            variants=("plain", "traces", "real_past"),
         ),
         Task(
             name="mountain_car",
@@ -176,7 +176,7 @@ TASKS = {
             budget=65_536,
             keys=("observation",),
             inputs={"observation": ((-0.3, 0.0), (0.9, 0.07))},
-            variants=("plain", "traces", "cheap", "real_past", "count"),
+            variants=("plain", "traces", "real_past", "count"),
             ppo=PPOSettings(num_envs=16, rollout_steps=128, gamma=0.99, minibatch=512),
         ),
         Task(
@@ -186,7 +186,7 @@ TASKS = {
             keys=("observation",),
             inputs={"observation": ((0.0,) * 4, (2.0, 2.0, 5.0, 5.0))},
             mujoco=True,
-            variants=("plain", "traces", "cheap", "real_past", "count"),
+            variants=("plain", "traces", "real_past", "count"),
             num_tests=16,
             ppo=PPOSettings(num_envs=16, rollout_steps=128, gamma=0.99, minibatch=512),
         ),
@@ -204,7 +204,7 @@ TASKS = {
             rarity_keys=("position",),
             score="reward",
             mujoco=True,
-            variants=("plain", "traces", "cheap", "real_past", "sil", "count"),
+            variants=("plain", "traces", "real_past", "sil", "count"),
             num_tests=16,
             ppo=PPOSettings(num_envs=16, rollout_steps=128, gamma=0.99, minibatch=512),
         ),
