@@ -19,19 +19,26 @@ from bench.learning.mujoco.ant_maze import AntMazeEnv
 class AntSettings(Settings):
     """Numbers of a run in the ant maze; frozen before the seeds that are reported."""
 
-    scale: float = 2.0  # edge of a cell, metres
-    goal_radius: float = 0.45  # metres
-    max_steps: int = 200
+    scale: float = 2.0  # edge of a cell, metres; gymnasium-robotics' is 4
+    goal_radius: float = 0.45  # metres, as gymnasium-robotics
+    max_steps: int = 150
+    iterations: int = 42
     num_envs: int = 32
-    rollout_steps: int = 128
-    iterations: int = 40
+    rollout_steps: int = 64
+    learning_rate: float = 1e-3
+    gamma: float = 0.99
+    epochs: int = 8
+    minibatch: int = 512
+    entropy_coeff: float = 1e-3
+    # An episode takes some rollouts: fewer goals, for longer.
+    round_iterations: int = 7
+    goals_per_round: int = 24
+    num_traces: int = 64
+    trace_steps: int = 15
+    model_steps: int = 20
     grid_spacing: float = 1 / 3  # cells
     rollouts_per_goal: int = 1
-    evaluation_iterations: int = 8
-    gamma: float = 0.99
-    learning_rate: float = 5e-4
-    minibatch: int = 512
-    trace_steps: int = 10
+    evaluation_iterations: int = 14
 
     def make(self, seed: int) -> AntGoals:
         """Make the maze."""
