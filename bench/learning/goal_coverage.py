@@ -241,7 +241,8 @@ def draw(maze: Maze, runs: Runs, root: Path = RESULTS) -> Path:
         )
     axis.set_xlabel("environment steps (thousands)")
     axis.set_ylabel("coverage of the maze's goals")
-    axis.set_ylim(0, 1)
+    # Half of it where that is all that is reached, to tell the curves apart.
+    axis.set_ylim(0, 1 if max(curve.mean(0).max() for curve in curves.values()) > 0.4 else 0.5)
     axis.set_title(f"{maze.title}, {len(runs['uniform'])} seeds: mean, 95 % t-interval")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=150)

@@ -188,7 +188,7 @@ def _load(mujoco: Any, scale: float) -> tuple[Any, Tensor, Tensor]:
     """Return the package's model of the ant in its U, its walls, and where the start is."""
     kind: Any = importlib.import_module("gymnasium_robotics.envs.maze.maze_v4").Maze
     cells = importlib.import_module("gymnasium_robotics.envs.maze.maps").U_MAZE
-    gymnasium = importlib.import_module("gymnasium.envs.mujoco.ant_v5")
+    gymnasium: Any = importlib.import_module("gymnasium.envs.mujoco.ant_v5")
     ant = Path(gymnasium.__file__).parent / "assets" / "ant.xml"
     maze, file = kind.make_maze(str(ant), cells, scale, WALL_HEIGHT)
     try:
