@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,31 +12,36 @@ import torch
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
-from bench.learning import goal_coverage
-from bench.learning.goal_training import VARIANTS, Run, Settings
+from bench.learning import goal_coverage, results
+from bench.learning.goal_mazes import PointSettings
+from bench.learning.goal_training import VARIANTS, Run
+from bench.result_files import write_result
 
-TINY = replace(
-    Settings(),
-    num_envs=32,
-    max_steps=12,
-    iterations=3,
-    round_iterations=1,
-    evaluation_iterations=1,
-    gan_steps=2,
-    model_steps=2,
-    num_traces=4,
-    trace_steps=5,
-    epochs=1,
-    grid_spacing=0.5,
-)
+SHORT = {
+    "max_steps": 12,
+    "iterations": 3,
+    "round_iterations": 1,
+    "evaluation_iterations": 1,
+    "gan_steps": 2,
+    "model_steps": 2,
+    "num_traces": 4,
+    "trace_steps": 5,
+    "epochs": 1,
+}
+TINY = PointSettings(**SHORT, num_envs=32, grid_spacing=0.5)
+POINT = goal_coverage.MAZES["point"]
 
 
 @pytest.mark.parametrize("variant", goal_coverage.ORDER)
 def test_short_run_repeats(variant):
     one, two = (Run(variant, 3, TINY).run() for _ in range(2))
+    check_short_run(variant, one, two, 1024)
+
+
+def check_short_run(variant, one, two, frames):
     assert one["coverage"] == two["coverage"]
     assert one["log"] == two["log"]
-    assert one["steps"] == [0, 1024, 2048, 3072]
+    assert one["steps"] == [0, frames, 2 * frames, 3 * frames]
     assert all(0 <= x <= 1 for x in one["coverage"])
     uses_gan, imitates = VARIANTS[variant]
     assert ("goals_in_walls" in one["log"]) is uses_gan
@@ -123,43 +129,78 @@ def test_the_real_past_is_what_happened():
 def fake(folder, variant, seed, curve, settings=None):
     result = {"variant": variant, "seed": seed, "steps": [0, 10, 20], "coverage": curve}
     result |= {"settings": settings or {"a": 1}, "seconds": 2.0, "log": {}}
-    goal_coverage.path_of(variant, seed).write_text(json.dumps(result))
+    write_result(POINT.path(variant, seed, folder), result)
 
 
-def test_report_by_hand(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(goal_coverage, "FOLDER", tmp_path)
-    monkeypatch.setattr(goal_coverage, "FIGURE", tmp_path / "figure.png")
+def test_report_by_hand(tmp_path):
     for i, variant in enumerate(goal_coverage.ORDER):
         for seed in range(3):
             fake(tmp_path, variant, seed, [0.0, 0.1 * i, 0.2 * i + 0.01 * seed])
     fake(tmp_path, "uniform", 9, [0.0, 1.0, 1.0])  # a seed that the others lack
-    goal_coverage.report()
-    printed = capsys.readouterr().out
+    runs = POINT.load(tmp_path)
+    one, two = goal_coverage.tables(runs)
     # Three seeds: mean .61, standard deviation .01, t(2) = 4.3027, over the root of 3.
-    assert "| GoalGAN | 0.610 ± 0.025 | 0.303 ± 0.006 |" in printed
-    assert "| GoalGAN − uniform | +0.600 ± 0.000 | +0.300 ± 0.000 |" in printed
-    assert "3 seeds, 20 environment steps" in printed
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    assert "| GoalGAN | 0.610 ± 0.025 | 0.303 ± 0.006 |" in one
+    assert "| GoalGAN − uniform | +0.600 ± 0.000 | +0.300 ± 0.000 |" in two
+    assert goal_coverage.described(runs) == "3 seeds, 20 environment steps"
+    figure = goal_coverage.draw(POINT, runs, tmp_path)
+    assert figure.stat().st_size > 10_000
+    # The same in the report of all results, and nothing of the ant, who has no runs.
+    results.report([], [], tmp_path / "learning", tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert all(part in text for part in (one, two, "3 seeds", "](goal_coverage.png)"))
+    assert text.count("### ") == 1
     fake(tmp_path, "uniform", 0, [0.0, 0.0, 0.0], settings={"a": 2})
-    with pytest.raises(SystemExit, match="of 2 settings"):
-        goal_coverage.report()
+    with pytest.raises(ValueError, match="of 2 settings"):
+        POINT.load(tmp_path)
+
+
+def test_report_without_all_controls(tmp_path):
+    """A control that lacks a seed is left out; a seed that a main variant lacks is, too."""
+    for variant in goal_coverage.ORDER:
+        for seed in range(2 if "past" in variant else 3):
+            fake(tmp_path, variant, seed, [0.0, 0.5, 0.5])
+    assert tuple(POINT.load(tmp_path)) == goal_coverage.MAIN
+    POINT.path("GoalGAN", 2, tmp_path).unlink()
+    runs = POINT.load(tmp_path)
+    assert tuple(runs) == goal_coverage.ORDER
+    assert all(list(found) == [0, 1] for found in runs.values())
+    POINT.path("uniform", 1, tmp_path).unlink()
+    with pytest.raises(FileNotFoundError, match="1 complete seeds of goal_coverage"):
+        POINT.load(tmp_path)
 
 
 def test_runs_are_made_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(goal_coverage, "FOLDER", tmp_path)
+    maze = goal_coverage.Maze("small", "", "bench.learning.goal_mazes:PointSettings", 2)
     made = []
 
     class FakeRun:
         def __init__(self, variant, seed, settings):
+            assert settings == PointSettings()
             made.append((variant, seed))
 
         def run(self):
             return {"coverage": [0.5]}
 
     monkeypatch.setattr("bench.learning.goal_training.Run", FakeRun)
-    (tmp_path / "goalgan_1.running").touch()
-    goal_coverage.run(0, 2)
-    goal_coverage.run(0, 2)
+    folder = tmp_path / "small"
+    monkeypatch.setattr(
+        goal_coverage.Maze, "path", lambda self, v, s: folder / f"{v.replace(' ', '_')}_{s}.json"
+    )
+    folder.mkdir()
+    (folder / "GoalGAN_1.running").touch()
+    goal_coverage.run(maze, 0, 2)
+    goal_coverage.run(maze, 0, 2)
     assert len(made) == 11
     assert ("GoalGAN", 1) not in made
-    assert len(list(tmp_path.glob("*.json"))) == 11
+    saved = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    assert {(r["variant"], r["seed"]) for r in saved} == set(made)
+
+
+def test_the_committed_runs_have_these_numbers():
+    """What is reported was run with the numbers that a new run would have."""
+    for maze in goal_coverage.MAZES.values():
+        module, _, name = maze.settings.partition(":")
+        settings = asdict(getattr(importlib.import_module(module), name)())
+        for found in maze.load().values():
+            assert all(result["settings"] == settings for result in found.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -12,7 +12,6 @@ from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.modules import TanhNormal
 
 from bench.learning.ppo_parts import PPONumbers, make_ppo
 from torchrl_recall import (
@@ -22,11 +21,13 @@ from torchrl_recall import (
     GoalGAN,
     RecallTraceLoss,
 )
-from torchrl_recall.envs import PointMazeEnv
 from torchrl_recall.goals.success import success_rates
 from torchrl_recall.starts import GoalStarts
 from torchrl_recall.support.data_support import DataSupport
 from torchrl_recall.trace_masks import LastVisitRadius
+
+if TYPE_CHECKING:
+    from bench.learning.goal_mazes import GoalMaze
 
 # Name: (goals from GoalGAN, what is imitated: traces of the model, the real past, or nothing).
 VARIANTS = {
@@ -43,10 +44,8 @@ EVALUATION_SEED = 1_000_003
 
 @dataclass(frozen=True)
 class Settings(PPONumbers):
-    """All numbers of a run; frozen before the seeds that are reported."""
+    """Numbers of a run in any maze; frozen before the seeds that are reported."""
 
-    maze: str = "u"
-    step_size: float = 0.12
     max_steps: int = 100
     iterations: int = 28
     # GoalGAN
@@ -64,29 +63,13 @@ class Settings(PPONumbers):
     imitation_coeff: float = 0.3
     radius: float = 0.25  # of last visit, in standard deviations
     # Evaluation
-    grid_spacing: float = 0.25
+    grid_spacing: float = 0.25  # cells
     rollouts_per_goal: int = 2
     evaluation_iterations: int = 4  # from one evaluation to the next
 
-
-class Inputs(nn.Module):
-    """State and goal as numbers of about unit size, and the way from the one to the other."""
-
-    def __init__(self, env: PointMazeEnv) -> None:
-        super().__init__()
-        height, width = env.walls.shape
-        self.middle = max(height, width) / 2
-        self.step_size = env.step_size
-
-    def forward(self, state: Tensor, goal: Tensor) -> Tensor:
-        place, velocity = state[..., :2], state[..., 2:]
-        parts = [
-            place / self.middle - 1,
-            velocity / self.step_size,
-            goal / self.middle - 1,
-            goal - place,
-        ]
-        return torch.cat(parts, -1)
+    def make(self, seed: int) -> GoalMaze:
+        """Make the maze."""
+        raise NotImplementedError
 
 
 class Run:
@@ -97,12 +80,9 @@ class Run:
         self.uses_gan, self.imitates = VARIANTS[variant]
         torch.manual_seed(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.env = self._maze(s.num_envs, seed)
-        self.grid = self.env.goal_grid(s.grid_spacing)
-        self.evaluation = self._maze(len(self.grid) * s.rollouts_per_goal, EVALUATION_SEED)
-        height, width = self.env.walls.shape
-        # The box inside the outer wall; what is wall within it is part of the goal space.
-        self.low, self.high = torch.ones(2), torch.tensor([width - 1.0, height - 1.0])
+        self.maze = s.make(seed)
+        self.env, self.grid = self.maze.env, self.maze.grid
+        self.low, self.high = self.maze.low, self.maze.high
         self.gan = GoalGAN(
             Bounded(self.low, self.high),
             uniform_share=s.uniform_share,
@@ -115,39 +95,29 @@ class Run:
         self._make_learner()
         self._make_recall(seed)
 
-    def _maze(self, count: int, seed: int) -> PointMazeEnv:
-        s = self.settings
-        return PointMazeEnv(
-            s.maze,
-            goal="any",
-            goal_in_observation=True,
-            dynamics="velocity",
-            step_size=s.step_size,
-            max_steps=s.max_steps,
-            batch_size=(count,),
-            seed=seed,
-        )
-
     def _make_learner(self) -> None:
         s = self.settings
 
         def network(outputs: int) -> nn.Sequential:
-            layers = nn.Linear(8, s.num_cells), nn.Linear(s.num_cells, s.num_cells)
+            layers = (
+                nn.Linear(self.maze.num_inputs, s.num_cells),
+                nn.Linear(s.num_cells, s.num_cells),
+            )
             head = nn.Linear(s.num_cells, outputs)
             return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), head)
 
         def module(*tail: nn.Module, out: list[Any]) -> TensorDictModule:
             class Net(nn.Module):
-                def __init__(self, inputs: Inputs) -> None:
+                def __init__(self, inputs: nn.Module) -> None:
                     super().__init__()
                     self.inputs, self.tail = inputs, nn.Sequential(*tail)
 
                 def forward(self, state: Tensor, goal: Tensor) -> Any:
                     return self.tail(self.inputs(state, goal))
 
-            return TensorDictModule(Net(Inputs(self.env)), ["observation", "desired_goal"], out)
+            return TensorDictModule(Net(self.maze.inputs()), ["observation", "desired_goal"], out)
 
-        policy = network(4)
+        policy = network(2 * self.env.action_spec.shape[-1])
         head: Any = policy[-1]
         with torch.no_grad():
             head.weight *= 0.01  # the first policy is the same everywhere
@@ -243,6 +213,7 @@ class Run:
                 step = self.env.step(self.actor(state))
             steps.append(step)
             after, done = step["next"], step["next", "done"]
+            self.maze.restart(done)
             state = TensorDict(
                 {
                     "observation": torch.where(done, self.start, after["observation"]),
@@ -260,7 +231,7 @@ class Run:
         s = self.settings
         if iteration == 0:
             # As the paper: begin with the states that the first policy reaches.
-            seen = data["next", "observation"].reshape(-1, 4)[:, :2]
+            seen = data["next", "observation"].flatten(0, 1)[:, :2]
             rows = torch.randint(len(seen), (s.goals_per_round,), generator=self.generator)
             goals = seen[rows].clamp(self.low, self.high)
             self.gan.update(
@@ -356,15 +327,8 @@ class Run:
     def coverage(self) -> float:
         """Share of the grid's goals that the policy reaches, from the start, in its own noise."""
         goals = self.grid.repeat(self.settings.rollouts_per_goal, 1)
-        env = self.evaluation
-        reached = torch.zeros(len(goals), dtype=torch.bool)
         # The learner's random numbers are not touched.
         with torch.random.fork_rng():
             torch.manual_seed(EVALUATION_SEED)
-            state = env.reset()["observation"]
-            for _ in range(self.settings.max_steps):
-                loc, scale = self.policy(state, goals)
-                action: Any = TanhNormal(loc, scale).sample()
-                state = env.step_states(state, action)
-                reached |= (state[:, :2] - goals).norm(dim=-1) <= env.goal_radius
+            reached = self.maze.reached(self.policy, goals)
         return float(reached.float().mean())

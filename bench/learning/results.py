@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.learning import cost, store
+from bench.learning import cost, goal_coverage, store
 from bench.learning.continuous import step_profile
 from bench.learning.entry import Entry
 from bench.learning.figures import draw_comparison, draw_curves
@@ -99,6 +99,7 @@ def report(
     if costs.exists():
         measured = cost.table(json.loads(costs.read_text()))
         lines += ["## Time of a training step", "", *_reading("cost"), measured, ""]
+    lines += _goals(folder.parent, to, written)
     lines += _missing(entries, rows)
     written[0].write_text("\n".join(lines).rstrip() + "\n")
     return written
@@ -118,6 +119,25 @@ def _profile(measured: dict[str, Any], folder: Path, to: Path, written: list[Pat
         f"{measured['commit']}; {measured['machine']}.*"
     )
     return [*lines, "", made, "", f"![Where a training step's time goes]({link})", ""]
+
+
+def _goals(root: Path, to: Path, written: list[Path]) -> list[str]:
+    """Draw the coverage of goals in each maze that has runs, and return what the report says."""
+    lines = []
+    for name, maze in goal_coverage.MAZES.items():
+        if not (root / maze.name).is_dir():
+            continue
+        runs = maze.load(root)
+        path = goal_coverage.draw(maze, runs, root)
+        written.append(path)
+        link = path.relative_to(to) if path.is_relative_to(to) else path
+        made = f"*`python -m bench.learning.goal_coverage run --maze {name}`*"
+        said = f"{goal_coverage.described(runs)}; mean ± half of the 95 % t-interval. {made}"
+        lines += [f"### {maze.title}", "", said, ""]
+        for part in goal_coverage.tables(runs):
+            lines += [part, ""]
+        lines += [f"![{maze.title}: coverage]({link})", ""]
+    return ["## Goals", "", *_reading("goals"), *lines] if lines else []
 
 
 def _of_section(rows: dict[str, list[Row]], section: Section) -> dict[str, list[Row]]:
