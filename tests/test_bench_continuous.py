@@ -242,7 +242,8 @@ class TestGate:
         host = self.made(0.0)
         steps = host.gradient_steps
         host.guide.finish()
-        assert host.gradient_steps - steps == int(RecallSettings().imitation_steps * host.guide.open)
+        taken = int(RecallSettings().imitation_steps * host.guide.open)
+        assert host.gradient_steps - steps == taken > 0
         assert all(p.grad is None for p in host.policy.parameters())
 
 

@@ -91,8 +91,8 @@ class ReplayTraces:
     Before the first reward they lead to the rarest states and count fully. Then each step counts by
     ``max(1 - V(s_t) / R_t, 0)``, the share of the trace's return ``R_t`` that the critic does not
     expect from the policy yet (``gate="relative"``), or by ``max(Q(s_t, a_t) - V(s_t), 0)``
-    (``"advantage"``). Weights are those of the time when the traces were drawn, times ``1 - n`` with
-    ``n`` the `reward_nearness` of the host's last steps.
+    (``"advantage"``). Weights are those of the time when the traces were drawn, times ``1 - n``
+    with ``n`` the `reward_nearness` of the host's last steps.
 
     Args:
         host: the learner, an `OffPolicy`.

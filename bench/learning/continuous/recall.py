@@ -132,11 +132,13 @@ class RecallTraces:
     The imitation has its own optimizer: in the host's, its gradients would swell the moments that
     the host's own steps are divided by. Of these steps as many are taken as the traces are open:
 
-    - the mean over kept steps of ``w = max(1 - V(s_t) / R_t, 0)``, the share of the trace's return
-      that the host's critic does not expect yet: where the policy gets there by itself, it vanishes;
-    - times ``1 - n``, where ``n`` says how near the next reward is in the host's own rollout, in the
-      mean over its steps ``gamma ** k``, with ``k`` steps until a reward that is not zero: where
-      rewards come all the time, the host learns from them, and w's zero is no level of ignorance.
+    - the mean over kept steps of ``w = max(1 - V(s_t) / R_t, 0)``, the share of the trace's
+      return that the host's critic does not expect yet: where the policy gets there by itself, it
+      vanishes;
+    - times ``1 - n``, where ``n`` says how near the next reward is in the host's own rollout, in
+      the mean over its steps ``gamma ** k``, with ``k`` steps until a reward that is not zero:
+      where rewards come all the time, the host learns from them, and w's zero is no level of
+      ignorance.
 
     Args:
         host: the learner, with ``env``, ``actor``, ``critic``, ``history``, ``task``, ``seed``,
@@ -180,7 +182,7 @@ class RecallTraces:
                 num_cells=(s.model_cells, s.model_cells),
                 observation_keys=self.keys,
                 stop=False,
-                # Dynamics without noise: without a floor the likelihood's peaks throw the model off.
+                # Dynamics without noise: the likelihood's peaks throw a model without a floor off.
                 delta_log_scale_range=(s.lowest_log_scale, 2.0),
             )
         self.model_loss = BacktrackLoss(self.model)
