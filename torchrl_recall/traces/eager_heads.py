@@ -63,7 +63,7 @@ class NormalActions(_Normals):
 
     def __init__(self, walk: Any, noise: Tensor) -> None:
         log_scale = walk.room("action", noise, *noise.shape)
-        super().__init__(noise, log_scale, *walk.action_scale, walk.outputs[1])
+        super().__init__(noise, log_scale, *walk.action_scale, outputs=walk.outputs[1])
         assert isinstance(walk.action_head, NormalHead | TanhNormalHead)
         self.head, self.weight = walk.action_head, walk.action_weight
         self.squashes = isinstance(self.head, TanhNormalHead)
@@ -101,7 +101,7 @@ class NormalDeltas(_Normals):
 
     def __init__(self, walk: Any, noise: Tensor) -> None:
         log_scale = walk.room("delta", noise, *noise.shape)
-        super().__init__(noise, log_scale, *walk.delta_scale, walk.outputs[0])
+        super().__init__(noise, log_scale, *walk.delta_scale, outputs=walk.outputs[0])
         self.unit = walk.delta_unit
 
     def step(self, t: int, state: Tensor, before: Tensor) -> None:
