@@ -27,9 +27,12 @@ def bounded_log_scale(raw: Tensor, interval: tuple[float, float]) -> Tensor:
     return low + (high - low) * torch.sigmoid(raw)
 
 
-def normal_log_prob(noise: Tensor, log_scale: Tensor) -> Tensor:
-    """Log-density of ``loc + exp(log_scale) * noise``, summed over the last dimension."""
-    energy = torch.addcmul(log_scale, noise, noise, value=0.5)
+def normal_log_prob(noise: Tensor, log_scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """Log-density of ``loc + exp(log_scale) * noise``, summed over the last dimension.
+
+    ``out`` is memory for its terms, if there is any to be written over.
+    """
+    energy = torch.addcmul(log_scale, noise, noise, value=0.5, out=out)
     return -noise.shape[-1] * LOG_SQRT_2_PI - energy.sum(-1)
 
 

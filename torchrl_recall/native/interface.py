@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torchrl_recall.native.priorities import Priorities
 
-VERSION = 3
+VERSION = 4
 MAX_LAYERS = 16
 ACTIVATIONS = (
     "identity",
@@ -30,7 +30,7 @@ ACTIVATIONS = (
     "mish",
 )
 NORMAL, TANH_NORMAL, BOX, MIXTURE, CLASS, SUPPORT = range(6)
-OK = 0
+OK, STALE = 0, 2
 # What `instruction_set` gives: the widest that the processor has.
 INSTRUCTION_SETS = {0: "portable", 256: "AVX2", 512: "AVX-512", 513: "AVX-512 with bfloat16"}
 _BUILT = Path(__file__).with_name("librecall.dll" if os.name == "nt" else "librecall.so")
@@ -113,6 +113,7 @@ CALL_FIELDS = (
     "next_tile",
     "finite_rows",
     "bad_starts",
+    "packed",
 )
 WORD = "q"
 NEXT_TILE, FINITE_ROWS, BAD_STARTS = (

@@ -184,16 +184,18 @@ class _Seeds(threading.local):
 _seeds = _Seeds()
 
 
+def draw_seed(generator: torch.Generator | None) -> int:
+    """Draw the key of a native walk."""
+    return int(_seeds.place.random_(generator=generator))
+
+
 def _natively(request: Request, plan: native.Plan) -> Columns:
-    seed = 0
-    if request.noise is None:
-        seed = int(_seeds.place.random_(generator=request.generator))
     return native.walk(
         plan,
         request.start,
         request.num_traces,
         request.num_steps,
-        seed=seed,
+        seed=0 if request.noise is not None else draw_seed(request.generator),
         noise=request.noise,
         last_visit=request.last_visit,
     )

@@ -28,24 +28,27 @@ class _Normals:
 
     Args:
         noise (Tensor): ``[T, n, size]`` standard normal.
+        log_scale (Tensor): memory for what is kept, of the same shape.
         low (Tensor): with ``width``, the log-scale is ``low + width * sigmoid(raw)``.
         width (float): see ``low``.
+        outputs (int): of the network, of which the first two for each value count.
     """
 
-    def __init__(self, noise: Tensor, low: Tensor, width: float) -> None:
-        self.noise, self.low, self.width = noise, low, width
+    def __init__(
+        self, noise: Tensor, log_scale: Tensor, low: Tensor, width: float, outputs: int
+    ) -> None:
+        self.noise, self.log_scale, self.low, self.width = noise, log_scale, low, width
         # One call for all views: slicing step by step costs as much as the arithmetic.
         self.noise_at = noise.unbind(0)
-        self.log_scale = torch.empty_like(noise)
         self.log_scale_at = self.log_scale.unbind(0)
         num_steps, n, size = noise.shape
         self.scale = noise.new_empty(n, size)
-        self.parameters = noise.new_empty(n, 2 * size)
+        self.parameters = noise.new_empty(n, outputs)
         self.parameters_at = (self.parameters,) * num_steps
         self.loc = self.parameters[:, :size]
         # The half that is not needed costs less than a step out of line.
         self.gates = torch.empty_like(self.parameters)
-        self.gate = self.gates[:, size:]
+        self.gate = self.gates[:, size : 2 * size]
 
     def sample(self, t: int, base: Tensor, out: Tensor) -> Tensor:
         """Write ``base + scale * noise`` of step ``t``."""
@@ -59,7 +62,8 @@ class NormalActions(_Normals):
     """Samples of continuous actions."""
 
     def __init__(self, walk: Any, noise: Tensor) -> None:
-        super().__init__(noise, *walk.action_scale)
+        log_scale = walk.room("action", noise, *noise.shape)
+        super().__init__(noise, log_scale, *walk.action_scale, outputs=walk.outputs[1])
         assert isinstance(walk.action_head, NormalHead | TanhNormalHead)
         self.head, self.weight = walk.action_head, walk.action_weight
         self.squashes = isinstance(self.head, TanhNormalHead)
@@ -96,7 +100,8 @@ class NormalDeltas(_Normals):
     """Samples of Gaussian changes."""
 
     def __init__(self, walk: Any, noise: Tensor) -> None:
-        super().__init__(noise, *walk.delta_scale)
+        log_scale = walk.room("delta", noise, *noise.shape)
+        super().__init__(noise, log_scale, *walk.delta_scale, outputs=walk.outputs[0])
         self.unit = walk.delta_unit
 
     def step(self, t: int, state: Tensor, before: Tensor) -> None:
@@ -104,8 +109,8 @@ class NormalDeltas(_Normals):
         self.sample(t, state, before).addcmul_(self.loc, self.unit)
 
     def log_prob(self) -> Tensor:
-        """Return the log-densities of all steps."""
-        return normal_log_prob(self.noise, self.log_scale)
+        """Return the log-densities of all steps; in the place of the log-scales, at the end."""
+        return normal_log_prob(self.noise, self.log_scale, out=self.log_scale)
 
 
 class UniformActions:

@@ -39,6 +39,7 @@ def draw_noise(
     num_steps: int,
     num_rows: int,
     generator: torch.Generator | None = None,
+    out: TraceNoise | None = None,
 ) -> TraceNoise:
     """Draw the noise of a walk.
 
@@ -47,6 +48,7 @@ def draw_noise(
         num_steps (int): length ``T`` of the traces.
         num_rows (int): number ``n`` of traces.
         generator (torch.Generator, optional): on the model's device; None is torch's own.
+        out (TraceNoise, optional): noise of these sizes, to be written over.
 
     Returns:
         TraceNoise: the noise, in the model's dtype and on its device.
@@ -63,18 +65,20 @@ def draw_noise(
     """
     dtype, device = model.dtype, model.device
 
-    def draw(kind: str, *shape: int) -> Tensor:
+    def draw(name: str, kind: str, *shape: int) -> Tensor:
         function = torch.randn if kind == "normal" else torch.rand
-        return function(*shape, generator=generator, dtype=dtype, device=device)
+        to = None if out is None else getattr(out, name)
+        return function(*shape, generator=generator, out=to, dtype=dtype, device=device)
 
-    stop = draw("uniform", num_steps, num_rows) if model.has_stop else None
+    stop = draw("stop", "uniform", num_steps, num_rows) if model.has_stop else None
     member = None
     if model.num_members > 1:
-        member = draw("uniform", num_steps if model.member_per == "step" else 1, num_rows)
+        steps = num_steps if model.member_per == "step" else 1
+        member = draw("member", "uniform", steps, num_rows)
     action_head, delta_head = model.action.head, model.delta_head
     return TraceNoise(
-        action=draw(action_head.noise_kind, num_steps, num_rows, action_head.noise_size),
-        delta=draw(delta_head.noise_kind, num_steps, num_rows, delta_head.noise_size),
+        action=draw("action", action_head.noise_kind, num_steps, num_rows, action_head.noise_size),
+        delta=draw("delta", delta_head.noise_kind, num_steps, num_rows, delta_head.noise_size),
         stop=stop,
         member=member,
     )

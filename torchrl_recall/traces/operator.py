@@ -15,8 +15,9 @@ from torchrl_recall.model import BacktrackModel
 from torchrl_recall.native import interface
 from torchrl_recall.traces.columns import Columns
 from torchrl_recall.traces.layout import form_of, layout_of, live_tensors, unsupported
-from torchrl_recall.traces.native import Plan, not_for, walk
+from torchrl_recall.traces.native import not_for, walk
 from torchrl_recall.traces.noise import TraceNoise
+from torchrl_recall.traces.plan import Plan
 from torchrl_recall.traces.request import Request
 
 _SCHEMA = (

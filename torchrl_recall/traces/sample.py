@@ -13,11 +13,15 @@ from torch.compiler import is_compiling
 from torchrl_recall.checks import check_at_least_one, check_choice, check_device, check_flag
 from torchrl_recall.model import BacktrackModel
 from torchrl_recall.model.heads import CategoricalHead
-from torchrl_recall.traces.backends import Backend, walk
+from torchrl_recall.traces.backends import Backend, draw_seed, walk
 from torchrl_recall.traces.candidates import Support, walk_inside
 from torchrl_recall.traces.columns import BadStart, Columns
+from torchrl_recall.traces.native import recognised, remember, walk_sizes
 from torchrl_recall.traces.noise import TraceNoise
 from torchrl_recall.traces.request import PRECISIONS, Precision, Request
+
+# Of the arguments of a call that may be recognised: steps, traces, last visits.
+_PLAIN_TYPES = {(int, type(None), bool), (int, int, bool)}
 
 
 def sample_traces(
@@ -93,6 +97,29 @@ def sample_traces(
     """
     if not isinstance(model, BacktrackModel):
         raise TypeError(f"model must be a BacktrackModel, got {type(model).__name__}.")
+    key = None
+    if (
+        type(next_observation) is Tensor
+        and noise is None
+        and support is None
+        and (generator is None or _is_on_cpu(generator))
+        # By type: 1.0 and True would be found under 1.
+        and (type(num_steps), type(num_traces), type(last_visit)) in _PLAIN_TYPES
+        and type(backend) is type(precision) is str
+        and not is_compiling()
+    ):
+        key = (
+            next_observation.shape,
+            next_observation.dtype,
+            num_steps,
+            num_traces,
+            last_visit,
+            backend,
+            precision,
+        )
+        again = _again(model, next_observation, generator, precision, key)
+        if again is not None:
+            return again
     num_steps = check_at_least_one("num_steps", num_steps)
     if num_traces is not None:
         num_traces = check_at_least_one("num_traces", num_traces)
@@ -126,6 +153,7 @@ def sample_traces(
         model._modules["delta_head"], CategoricalHead
     )
     request = Request(model, rows, repeats, num_steps, generator, noise, last_visit, precision)
+    shape = torch.Size(batch)
     try:
         if support is None:
             columns = walk(request, backend)
@@ -135,7 +163,35 @@ def sample_traces(
         # Looks again, to say what is wrong.
         codec.flatten(next_observation, "next_observation")
         raise
-    return _tensordict(model, columns, torch.Size(batch))
+    if key is not None and rows is next_observation and backend in ("auto", "native"):
+        out = _tensordict(model, columns, shape)
+        remember(request, shape, _IS_PLAIN and _is_plain(model, columns, out), key)
+        return out
+    return _tensordict(model, columns, shape)
+
+
+def _is_on_cpu(generator: object) -> bool:
+    return type(generator) is torch.Generator and generator.device.type == "cpu"
+
+
+def _again(
+    model: BacktrackModel,
+    start: Tensor,
+    generator: torch.Generator | None,
+    precision: Precision,
+    key: tuple,
+) -> TensorDict | None:
+    """Walk natively if an equal call has done so before, with the model as it was; else None."""
+    found = recognised(model, precision == "bfloat16", key)
+    if found is None or not start.is_cpu:
+        return None
+    plan, (sizes, last_visit, shape, is_plain) = found
+    try:
+        columns = walk_sizes(plan, start, sizes, draw_seed(generator), last_visit)
+    except BadStart:
+        model.observation.flatten(start, "next_observation")  # says what is wrong
+        raise
+    return (_plain if is_plain else _tensordict)(model, columns, shape)
 
 
 def _check_noise(model: BacktrackModel, noise: TraceNoise, num_steps: int, rows: int) -> None:
@@ -180,10 +236,36 @@ def _tensordict(model: BacktrackModel, columns: Columns, shape: torch.Size) -> T
     data["action_log_prob"] = action_log_prob
     data["delta_log_prob"] = delta_log_prob
     device = mask.device
-    nest = _nested if tuple in map(type, data) else _flat
+    flat = _quick if _IS_PLAIN and not is_compiling() else _flat
+    nest = _nested if tuple in map(type, data) else flat
     data["next"] = nest(following, shape, device)
-    data["collector"] = _flat({"mask": mask}, shape, device)
+    data["collector"] = flat({"mask": mask}, shape, device)
     return nest(data, shape, device)
+
+
+def _is_plain(model: BacktrackModel, columns: Columns, out: TensorDict) -> bool:
+    """Return whether `_plain` would return the same."""
+    keys: Any = [*model.observation.keys, model.action_key]
+    columns_of_keys = columns.state, columns.action
+    return [str, str] == [type(key) for key in keys] and all(
+        out.get(key) is column for key, column in zip(keys, columns_of_keys, strict=True)
+    )
+
+
+def _plain(model: BacktrackModel, columns: Columns, shape: torch.Size) -> TensorDict:
+    """Return the columns as they are."""
+    codec: Any = model._modules["observation"]
+    state, next_state, action, action_log_prob, delta_log_prob, mask = columns
+    (key,), device = codec.keys, mask.device
+    data = {
+        key: state,
+        model.action_key: action,
+        "action_log_prob": action_log_prob,
+        "delta_log_prob": delta_log_prob,
+        "next": _quick({key: next_state}, shape, device),
+        "collector": _quick({"mask": mask}, shape, device),
+    }
+    return _quick(data, shape, device)
 
 
 def _nested(data: dict[Any, Any], shape: torch.Size, device: torch.device) -> TensorDict:
@@ -196,17 +278,23 @@ def _nested(data: dict[Any, Any], shape: torch.Size, device: torch.device) -> Te
 
 def _flat(data: dict[Any, Any], shape: torch.Size, device: torch.device) -> TensorDict:
     """Return a TensorDict of entries known to fit: checks would take a fifth of a small walk."""
-    if not _IS_PLAIN or is_compiling():
-        out = TensorDict._new_unsafe(data, batch_size=shape)
-        # The constructor takes as long again if the device is given to it.
-        out._device = device
-        return out
-    out = TensorDict.__new__(TensorDict)
-    out._tensordict, out._batch_size = data, shape
-    out._device, out._td_dim_names = device, None
+    out = TensorDict._new_unsafe(data, batch_size=shape)
+    # The constructor takes as long again if the device is given to it.
+    out._device = device
     return out
 
 
+def _quick(data: dict[Any, Any], shape: torch.Size, device: torch.device) -> TensorDict:
+    """Return the same, without the constructor."""
+    out = _new(TensorDict)
+    out._tensordict = data
+    out._batch_size = shape
+    out._device = device
+    out._td_dim_names = None
+    return out
+
+
+_new = TensorDict.__new__
 # Whether these are all that a TensorDict's own constructor sets, and as simple as they look.
 _EMPTY = TensorDict._new_unsafe({}, batch_size=torch.Size([])).__dict__
 _PLAIN = {

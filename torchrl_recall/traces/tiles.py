@@ -46,13 +46,17 @@ def tiled_walk(walk: Callable[[Tensor, TraceNoise], Walk], request: Request) -> 
         start = torch.where(good.unsqueeze(-1), start, torch.zeros_like(start))
     rows = start.unsqueeze(1).expand(-1, num_traces, -1).reshape(-1, start.shape[-1])
     columns = Columns.empty(model, len(rows), num_steps)
-    any_finite = False
+    any_finite, tile_noise = False, None
     tile = CUDA_TILE if start.is_cuda else TILE
     for low in range(0, len(rows), tile):
         part = slice(low, low + tile)
         starts = rows[part]
         if noise is None:
-            tile_noise = draw_noise(model, num_steps, len(starts), generator)
+            # In the same memory, tile by tile: fresh pages are dear.
+            same = on_cpu and low > 0 and len(starts) == tile
+            tile_noise = draw_noise(
+                model, num_steps, len(starts), generator, tile_noise if same else None
+            )
         else:
             tile_noise = TraceNoise(*(x if x is None else x[:, part] for x in noise))  # pyright: ignore
         any_finite |= _write(columns, part, walk(starts, tile_noise), model, last_visit)

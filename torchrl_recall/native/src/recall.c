@@ -76,6 +76,7 @@ static void expect_outputs(const recall_model *model, const recall_call *call) {
 }
 
 int64_t recall_walk(const recall_model *model, const void *block, recall_call *call) {
+    if (call->packed && !recall_is_current(model, call->packed)) return STALE;
     expect_outputs(model, call);
     int64_t result;
     CHOOSE(call->instruction_set, recall_walk, model, block, call)
@@ -83,6 +84,7 @@ int64_t recall_walk(const recall_model *model, const void *block, recall_call *c
 }
 
 int64_t recall_look_up(const recall_model *model, const void *tables, recall_call *call) {
+    if (call->packed && !recall_is_current(model, call->packed)) return STALE;
     expect_outputs(model, call);
     int64_t result;
     CHOOSE(call->instruction_set, recall_look_up, model, tables, call)

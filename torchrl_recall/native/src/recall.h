@@ -15,7 +15,7 @@
 #define RECALL_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define RECALL_VERSION 3
+#define RECALL_VERSION 4
 #define MAX_LAYERS 16
 #define TILE 64 /* traces that go through all steps together */
 
@@ -23,7 +23,7 @@ enum activation {
     IDENTITY, RELU, LEAKY_RELU, ELU, TANH, SIGMOID, SILU, GELU, GELU_TANH, SOFTPLUS, MISH
 };
 enum head { HEAD_NORMAL, HEAD_TANH_NORMAL, HEAD_BOX, HEAD_MIXTURE, HEAD_CLASS, HEAD_SUPPORT };
-enum status { OK = 0, NO_MEMORY = 1 };
+enum status { OK = 0, NO_MEMORY = 1, STALE = 2 };
 
 /* Linear layers, each weight [width[i + 1], width[i]] and bias [width[i + 1]], row-major. */
 typedef struct {
@@ -74,10 +74,11 @@ typedef struct {
     int64_t last_visit;
     int64_t instruction_set; /* 0, 256, 512, or 513: AVX-512 with bfloat16 products */
     int64_t next_tile, finite_rows, bad_starts; /* shared by the threads of a call; begin at 0 */
+    const void *packed; /* walk only if this block is current, else return STALE; or NULL */
 } recall_call;
 
 /* ../interface.py writes it as an array of 64-bit words. */
-typedef char recall_call_is_of_words[sizeof(recall_call) == 19 * sizeof(int64_t) ? 1 : -1];
+typedef char recall_call_is_of_words[sizeof(recall_call) == 20 * sizeof(int64_t) ? 1 : -1];
 
 RECALL_EXPORT int64_t recall_version(void);
 /* The widest instruction set that this processor has, see `recall_call`. */
