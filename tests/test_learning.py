@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 from bench.learning import __main__ as command
-from bench.learning import measures, results, store, suite
+from bench.learning import jobs, measures, results, store, suite
 from bench.learning.entry import Entry
 from bench.learning.runner import run_missing
 from bench.learning.suite import Section
@@ -280,3 +282,23 @@ class TestReport:
         assert "`python -m bench.learning run --tasks maze`; seeds 0 to 2" in text
         assert run["commit"] in text
         assert run["machine"] in text
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_jobs_leave_this_process_as_it_was(fails, monkeypatch):
+    # TensorDict asks for pandas at each call of a module; within jobs the answer is no.
+    monkeypatch.delitem(sys.modules, "pandas", raising=False)
+    threads, seen = torch.get_num_threads(), []
+
+    def run(job: int) -> int:
+        seen.append((sys.modules["pandas"], torch.get_num_threads()))
+        return 1 // job
+
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            list(jobs.results([1, 0], run))
+    else:
+        assert list(jobs.results([1, 2], run)) == [(1, 1), (2, 0)]
+    assert seen == [(None, 1)] * 2
+    assert "pandas" not in sys.modules
+    assert torch.get_num_threads() == threads

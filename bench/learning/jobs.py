@@ -31,11 +31,13 @@ def results(
         threads = torch.get_num_threads()
         loaded = LOOKED_FOR & sys.modules.keys()
         _start_worker()
-        for job in jobs:
-            yield job, run(job)
-        torch.set_num_threads(threads)
-        for name in LOOKED_FOR - loaded:
-            sys.modules.pop(name, None)
+        try:
+            for job in jobs:
+                yield job, run(job)
+        finally:
+            torch.set_num_threads(threads)
+            for name in LOOKED_FOR - loaded:
+                sys.modules.pop(name, None)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
