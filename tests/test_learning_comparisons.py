@@ -57,6 +57,19 @@ class TestComparisons:
             "| maze | PPO | **+1.000 [+1.000, +1.000]** |  |",
         ]
 
+    def test_equal_runs_are_one_method(self):
+        scores = [0.0, 0.4, 1.0, 2.0]
+        rows = [row("plain", scores), row("traces", scores)]
+        text = comparisons({"maze": rows}, [("traces", "plain")])
+        assert text.endswith("| SAC | +0.000 [+0.000, +0.000] |")
+        # The same numbers of other seeds are not the same runs.
+        rows[1].runs.reverse()
+        for seed, run in enumerate(rows[1].runs):
+            run["seed"] = seed
+        text = comparisons({"maze": rows}, [("traces", "plain")])
+        assert "| +0.000 [-" in text
+        assert text.endswith(" † |")
+
 
 def test_a_section_shows_its_own_hosts():
     rows = {"maze": [row("plain", [0.2]), row("plain", [0.2], "ppo")], "other": []}

@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.learning import measures
 from bench.learning.suite import Section
-from bench.learning.tables import Row, reference_of
+from bench.learning.tables import Row, difference, reference_of
 
 # Okabe and Ito's colours, which most eyes can tell apart, and a few greys.
 COLOURS = (
@@ -94,9 +94,10 @@ def draw_comparison(section: Section, tasks: Mapping[str, Sequence[Row]], path: 
                 row.costs, reference.costs, f"{row.name} / {reference.name}"
             )
         else:
-            names = f"{row.name} - {reference.name}"
-            effect = measures.difference(row.areas, reference.areas, names)
-            chance = measures.probability_of_improvement(row.areas, reference.areas, names)
+            effect = difference(row, reference, "areas")
+            chance = measures.probability_of_improvement(
+                row.areas, reference.areas, f"{row.name} - {reference.name}"
+            )
         for axis, found in zip(axes, (effect, chance), strict=True):
             axis.plot([found.low, found.high], [place, place], color="#0072B2", linewidth=1.5)
             axis.plot(found.estimate, place, "o", color="#0072B2", markersize=4)

@@ -26,7 +26,8 @@ Intervals are 95 % bootstrap intervals over the runs of a row (percentiles of 2,
 for the bands of curves). IQM is the interquartile mean. A run that did not solve its task counts as
 its budget, so that ratios with such runs are lower bounds (≥). "P" is the probability that one run
 of the one row beats one run of the other; ties count half. Seconds leave out evaluations, and
-depend on the machine and on what else it did.
+depend on the machine and on what else it did. Rows whose runs are equal, seed by seed, are one
+method, and their difference is written 0 [0, 0].
 """
 DIFFERENCES = (
     "Area under the curve, IQM [95 %], as a share of the score's range. Bold: above 0 with its "

@@ -30,6 +30,11 @@ class Row:
         return f"{self.entry.task} {self.entry.name}"
 
     @property
+    def scores(self) -> dict[int, tuple[list[int], list[float]]]:
+        """Of each seed, when it was evaluated and what the score was."""
+        return {run["seed"]: (run["steps"], run["score"]) for run in self.runs}
+
+    @property
     def num_solved(self) -> int:
         """Number of runs that solved the task."""
         return sum(run["solved_at"] is not None for run in self.runs)
@@ -76,6 +81,18 @@ def reference_of(row: Row, rows: Sequence[Row], section: Section) -> Row | None:
     found = [r for name in section.reference for r in rows if r.entry.name == name]
     same = [r for r in found if r.entry.algorithm == row.entry.algorithm]
     return (same or found or [None])[0]
+
+
+def difference(row: Row, other: Row, of: str) -> Interval:
+    """Return the difference of two rows' ``"areas"`` or ``"finals"``, ``row - other``.
+
+    Rows whose runs are equal, seed by seed, are one method, and differ by 0 with no more to say:
+    an interval would be of seeds against other seeds.
+    """
+    if row.scores == other.scores:
+        return Interval(0.0, 0.0, 0.0)
+    one, two = getattr(row, of), getattr(other, of)
+    return measures.difference(one, two, f"{row.name} - {other.name}")
 
 
 def table(rows: Sequence[Row], section: Section) -> str:
@@ -127,9 +144,9 @@ def _area_line(row: Row, reference: Row | None) -> str:
     if reference is row:
         by_area = "reference"
     elif reference is not None:
+        by_area = show(difference(row, reference, "areas"), "{:+.3f}")
+        by_final = show(difference(row, reference, "finals"), "{:+.3f}")
         names = f"{row.name} - {reference.name}"
-        by_area = show(measures.difference(areas, reference.areas, names), "{:+.3f}")
-        by_final = show(measures.difference(finals, reference.finals, names), "{:+.3f}")
         found = measures.probability_of_improvement(areas, reference.areas, names)
         probability = show(found, "{:.2f}")
     cells = (
@@ -168,7 +185,7 @@ def comparisons(tasks: Mapping[str, Sequence[Row]], pairs: Sequence[tuple[str, s
 def _versus(one: Row | None, other: Row | None) -> str:
     if one is None or other is None:
         return ""
-    found = measures.difference(one.areas, other.areas, f"{one.name} - {other.name}")
+    found = difference(one, other, "areas")
     text = show(found, "{:+.3f}")
     if found.low > 0:
         return f"**{text}**"

@@ -20,6 +20,9 @@ from bench.learning.mujoco.tasks import CHOSEN, TASKS, score_range
 from bench.learning.suite import Section
 
 ON_POLICY_VARIANTS = ("plain", "traces")
+# With five seeds PPO's two sparse tasks ended ahead and not apart. Ten more each were fixed, and
+# committed, before any of them was run; what the new ones say alone is in the reading.
+SPARSE_SEEDS = tuple(range(1100, 1115))
 # An update for sixteen steps: SAC's usual one a step would take twenty minutes a run on one core.
 SETTINGS = OffPolicySettings(
     gamma=0.99, updates=4, batch_size=256, num_cells=128, learning_rate=1e-3, tau=0.01
@@ -66,7 +69,7 @@ def entries() -> list[Entry]:
                     task=name,
                     algorithm="ppo",
                     variant=variant_name,
-                    seeds=MUJOCO_SEEDS,
+                    seeds=SPARSE_SEEDS if name.endswith("_sparse") else MUJOCO_SEEDS,
                     budget=task.budget,
                     train=partial(train, name, variant_name),
                     definition={
