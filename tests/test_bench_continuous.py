@@ -19,7 +19,7 @@ from bench.learning.continuous.mountain_car import SparseMountainCarEnv
 from bench.learning.continuous.ppo import PPO
 from bench.learning.continuous.recall import RecallSettings, RecallTraces, reward_nearness
 from bench.learning.continuous.tasks import TASKS
-from bench.learning.continuous.variants import VARIANTS, settings_of
+from bench.learning.continuous.variants import VARIANTS
 from bench.learning.mujoco import tasks as mujoco_tasks
 
 
@@ -330,12 +330,11 @@ def test_every_row_trains(task_name: str, variant_name: str):
     if task.mujoco:
         pytest.importorskip("gymnasium_robotics" if task_name == "point_maze" else "mujoco")
     task = replace(task, ppo=replace(task.ppo, **SMALL), num_tests=2)
-    guide = variant.guide
-    options = settings_of(task, variant)
-    if variant.recalls:
+    settings = variant.options.get("settings")
+    if settings is not None:
         few = {"first_model_steps": 2, "model_steps": 2, "num_traces": 4}
-        options["settings"] = replace(options["settings"], **few)
-    host = PPO(task, 0, guide and (lambda host: guide(host, **options)), budget=256)
+        variant = replace(variant, options={"settings": replace(settings, **few)})
+    host = PPO(task, 0, variant.make(), budget=256)
     before = [p.detach().clone() for p in host.policy.parameters()]
     for _ in range(2):
         host.iterate()

@@ -12,7 +12,7 @@ from torchrl.data import PrioritizedSampler
 
 from bench.learning.continuous import off_policy_rows, step_profile
 from bench.learning.continuous.off_policy import OffPolicy, OffPolicySettings, Replay
-from bench.learning.continuous.off_policy_rows import OFF_POLICY_TASKS, VARIANTS, settings_of
+from bench.learning.continuous.off_policy_rows import OFF_POLICY_TASKS, VARIANTS
 from bench.learning.continuous.off_policy_traces import (
     ReplayRecallSettings,
     ReplayTraces,
@@ -216,20 +216,18 @@ def test_rows_train(task_name: str, algorithm: str, variant_name: str):
     if OFF_POLICY_TASKS[task_name].task.mujoco:
         pytest.importorskip("mujoco")
     row, variant = OFF_POLICY_TASKS[task_name], VARIANTS[variant_name]
-    options = settings_of(row, variant)
-    if variant.recalls:
-        options["settings"] = replace(options["settings"], **FEW)
+    settings = variant.options.get("settings")
+    if settings is not None:
+        variant = replace(variant, options={"settings": replace(settings, **FEW)})
     task = replace(row.task, num_tests=2)
-    guide = variant.guide
-    make = guide and (lambda host: guide(host, **options))
-    host = OffPolicy(task, 0, SMALL, algorithm, make, variant.replay, budget=160)
+    host = OffPolicy(task, 0, SMALL, algorithm, variant.make(), variant.replay, budget=160)
     before = [p.detach().clone() for p in host.policy.parameters()]
     for _ in range(10):
         host.iterate()
     after = list(host.policy.parameters())
     assert all(p.isfinite().all() for p in after)
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    if variant.recalls:
+    if settings is not None:
         assert host.log["trace_kept"]
 
 

@@ -1,4 +1,4 @@
-"""What recall traces are compared with: self-imitation, best trajectories and novelty bonuses."""
+"""What recall traces are compared with: self-imitation, best trajectories and a count bonus."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchrl_recall import RecallTraceLoss
 
@@ -121,8 +121,7 @@ class CountBonus(Control):
     def __init__(self, host: Any, coeff: float = 0.02, cell: float = 0.1) -> None:
         self.host, self.coeff, self.cell = host, coeff, cell
         self.keys = host.task.rarity_keys or host.task.keys
-        inputs = [host.task.inputs[key] for key in self.keys]
-        self.shift, self.scale = (torch.tensor(sum((x[i] for x in inputs), ())) for i in (0, 1))
+        self.shift, self.scale = host.task.scaling(self.keys)
         self.visits: dict[tuple[int, ...], int] = {}
 
     def update(self, data: TensorDictBase) -> None:
@@ -140,53 +139,4 @@ class CountBonus(Control):
 
     def loss(self) -> Tensor | None:
         """Nothing is added to the loss."""
-        return None
-
-
-class NoveltyBonus(Control):
-    """Random network distillation: reward for states whose random features are not yet known.
-
-    Args:
-        host: the learner.
-        coeff: factor of the bonus, which has unit standard deviation over all steps so far.
-
-    Source: Burda et al., *Exploration by Random Network Distillation*, ICLR 2019,
-    https://arxiv.org/abs/1810.12894.
-    """
-
-    def __init__(self, host: Any, coeff: float = 0.02) -> None:
-        self.host, self.coeff = host, coeff
-        inputs = [host.task.inputs[key] for key in host.history.keys]
-        self.shift, self.scale = (torch.tensor(sum((x[i] for x in inputs), ())) for i in (0, 1))
-        width = len(self.shift)
-
-        def network() -> nn.Sequential:
-            return nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 32))
-
-        self.fixed, self.learned = network().requires_grad_(False), network()
-        self.optimizer = torch.optim.Adam(self.learned.parameters(), lr=1e-3)
-        self.squares, self.count = 0.0, 0
-        self.inputs = torch.zeros(0, width)
-
-    def _error(self, inputs: Tensor) -> Tensor:
-        return (self.learned(inputs) - self.fixed(inputs)).square().mean(-1)
-
-    def update(self, data: TensorDictBase) -> None:
-        """Add the bonus of a rollout to its rewards."""
-        state = torch.cat([data["next", key] for key in self.host.history.keys], -1)
-        inputs = (state - self.shift) / self.scale
-        with torch.no_grad():
-            error = self._error(inputs)
-        self.squares += float(error.square().sum())
-        self.count += error.numel()
-        bonus = self.coeff * error / max((self.squares / self.count) ** 0.5, 1e-8)
-        data["next", "reward"] = data["next", "reward"] + bonus.unsqueeze(-1)
-        self.inputs = inputs.flatten(0, -2)
-
-    def loss(self) -> Tensor | None:
-        """Train the predictor beside the host, on a quarter of the rollout."""
-        rows = torch.randint(len(self.inputs), (len(self.inputs) // 4,))
-        self.optimizer.zero_grad()
-        self._error(self.inputs[rows]).mean().backward()
-        self.optimizer.step()
         return None

@@ -13,7 +13,6 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ import torch
 from bench.learning import store
 from bench.learning.continuous.ppo import PPO
 from bench.learning.continuous.tasks import TASKS
-from bench.learning.continuous.variants import VARIANTS, settings_of
+from bench.learning.continuous.variants import VARIANTS
 from bench.result_files import write_result
 
 FILE = store.FOLDER / "cost_continuous.json"
@@ -38,12 +37,8 @@ def measure(task_name: str, seed: int = 2000) -> dict[str, Any]:
         Median seconds of an iteration by learner, the ratio of the runs' times, and the median and
         the quartiles of the turns' ratios.
     """
-    task, variant = TASKS[task_name], VARIANTS["traces"]
-    guide: Any = variant.guide
-    hosts = {
-        "without": PPO(task, seed),
-        "with": PPO(task, seed, partial(guide, **settings_of(task, variant))),
-    }
+    task = TASKS[task_name]
+    hosts = {"without": PPO(task, seed), "with": PPO(task, seed, VARIANTS["traces"].make())}
     times: dict[str, list[float]] = {name: [] for name in hosts}
     for _ in range(hosts["with"].iterations):
         for name, host in hosts.items():

@@ -57,7 +57,7 @@ class QNetwork(nn.Module):
 
     def __init__(self, task: Task, keys: tuple[str, ...], num_cells: int, action: int) -> None:
         super().__init__()
-        shift, scale = (torch.tensor(sum((task.inputs[k][i] for k in keys), ())) for i in (0, 1))
+        shift, scale = task.scaling(keys)
         self.shift: Tensor
         self.scale: Tensor
         self.register_buffer("shift", shift, persistent=False)

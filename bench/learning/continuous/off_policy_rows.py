@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
-
-import torch
 
 from bench.learning.continuous.controls import SelfImitation
 from bench.learning.continuous.off_policy import OffPolicy, OffPolicySettings, Replay
@@ -17,6 +14,7 @@ from bench.learning.continuous.off_policy_traces import (
     ReplayTraces,
 )
 from bench.learning.continuous.tasks import TASKS, Task
+from bench.learning.continuous.variants import Variant, clipped
 from bench.learning.entry import Entry
 from bench.learning.suite import Section
 
@@ -26,21 +24,18 @@ MUJOCO_SEEDS = SEEDS[:5]
 
 
 @dataclass(frozen=True)
-class OffPolicyVariant:
+class OffPolicyVariant(Variant):
     """What is added to the host: a guide with its arguments, or prioritized replay."""
 
-    label: str
-    guide: Callable[..., Any] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    recalls: bool = False  # its options are those of `ReplayRecallSettings`
     replay: Replay | None = None
 
 
+RECALL = {"settings": ReplayRecallSettings()}
 VARIANTS = {
     "plain": OffPolicyVariant("uniform replay"),
     "per": OffPolicyVariant("PER, tuned", replay=Replay(0.6, 0.4)),
-    "traces": OffPolicyVariant("recall traces", ReplayTraces, recalls=True),
-    "real_past": OffPolicyVariant("real past of the same states", ReplayRealPast, recalls=True),
+    "traces": OffPolicyVariant("recall traces", ReplayTraces, RECALL),
+    "real_past": OffPolicyVariant("real past of the same states", ReplayRealPast, RECALL),
     # The critic learns from returns already, by SAC's own loss.
     "sil": OffPolicyVariant("SIL, tuned", SelfImitation, {"coeff": 1.0, "value_coeff": 0.0}),
 }
@@ -48,12 +43,11 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class OffPolicyTask:
-    """A task with what is off-policy about it: budget, numbers of the host, and of traces."""
+    """A task with what is off-policy about it: budget and numbers of the host."""
 
     task: Task
     budget: int
     settings: OffPolicySettings = field(default_factory=OffPolicySettings)
-    recall: dict[str, Any] = field(default_factory=dict)
     algorithms: tuple[str, ...] = ("sac",)
     variants: tuple[str, ...] = ("plain", "per", "traces")
     score_range: tuple[float, float] = (0.0, 1.0)
@@ -98,27 +92,14 @@ def host_of(task: OffPolicyTask, algorithm: str) -> tuple[str, OffPolicySettings
     return name, replace(task.settings, updates=TIMES * task.settings.updates)
 
 
-def settings_of(task: OffPolicyTask, variant: OffPolicyVariant) -> dict[str, Any]:
-    """Return the arguments of a variant's guide on a task."""
-    if not variant.recalls:
-        return dict(variant.options)
-    return {"settings": replace(ReplayRecallSettings(**variant.options), **task.recall)}
-
-
-def train(
-    task: OffPolicyTask, algorithm: str, variant_name: str, seed: int, budget: int | None = None
-) -> dict[str, Any]:
-    """Train one row with one seed; see `Entry.train`. Scores beyond the range are its ends."""
-    torch.set_num_threads(1)
-    variant, make = VARIANTS[variant_name], None
-    if variant.guide is not None:
-        make = partial(variant.guide, **settings_of(task, variant))
+def train(task: OffPolicyTask, algorithm: str, variant_name: str, seed: int) -> dict[str, Any]:
+    """Train one row with one seed; see `Entry.train`."""
+    variant = VARIANTS[variant_name]
     learner, settings = host_of(task, algorithm)
-    found = OffPolicy(
-        task.task, seed, settings, learner, make, variant.replay, budget or task.budget
-    ).train()
-    low, high = task.score_range
-    return {**found, "score": [min(max(score, low), high) for score in found["score"]]}
+    host = OffPolicy(
+        task.task, seed, settings, learner, variant.make(), variant.replay, task.budget
+    )
+    return clipped(host.train(), task.score_range)
 
 
 def entries_of(tasks: dict[str, OffPolicyTask]) -> list[Entry]:
@@ -134,9 +115,6 @@ def entries_of(tasks: dict[str, OffPolicyTask]) -> list[Entry]:
                 if variant_name in left_out:
                     continue
                 variant = VARIANTS[variant_name]
-                options = settings_of(task, variant)
-                if variant.recalls:
-                    options = asdict(options["settings"])
                 rows.append(
                     Entry(
                         task=name,
@@ -149,7 +127,7 @@ def entries_of(tasks: dict[str, OffPolicyTask]) -> list[Entry]:
                             "environment": task.task.environment(),
                             "host": asdict(settings),
                             "replay": None if variant.replay is None else asdict(variant.replay),
-                            "options": options,
+                            "options": variant.definition(),
                             "evaluate_every": task.task.evaluate_every,
                             "num_tests": task.task.num_tests,
                             "score": task.task.score,

@@ -52,7 +52,7 @@ class Scaled(nn.Module):
         super().__init__()
         self.shift: Tensor
         self.scale: Tensor
-        shift, scale = (torch.tensor(sum((task.inputs[k][i] for k in keys), ())) for i in (0, 1))
+        shift, scale = task.scaling(keys)
         self.register_buffer("shift", shift, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.layers = nn.Sequential(

@@ -9,13 +9,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from bench.learning.continuous.cells import Cells
 from bench.learning.continuous.history import History
-from torchrl_recall import BacktrackLoss, BacktrackModel, BacktrackTransform, RecallTraceLoss
+from bench.learning.continuous.trace_guide import RealSteps, TraceGuide, given_weight
+from torchrl_recall import RecallTraceLoss
 from torchrl_recall.imitation.weights import returns_along
-from torchrl_recall.starts import FrontierStarts
-from torchrl_recall.support.data_support import DataSupport
-from torchrl_recall.trace_masks import LastVisitRadius
 
 
 @dataclass(frozen=True)
@@ -101,13 +98,6 @@ class BestRewardedStarts(RewardedStarts):
         return drawn.view(count, -1).gather(1, best.unsqueeze(1))[:, 0]
 
 
-def given_weight(
-    trace: TensorDictBase, tensordict: TensorDictBase, kept: Tensor, keys: Any
-) -> Tensor:
-    """Weigh the steps of a trace as its own entry says."""
-    return trace["weight"]
-
-
 def reward_nearness(data: TensorDictBase, gamma: float) -> float:
     """Return ``gamma ** k`` in the mean over a rollout ``[E, T]``, ``k`` steps before a reward.
 
@@ -126,15 +116,15 @@ def reward_nearness(data: TensorDictBase, gamma: float) -> float:
     return float(near[known | (reward == 0).all(1, keepdim=True)].mean())
 
 
-class RecallTraces:
+class RecallTraces(TraceGuide):
     """Traces of the model, imitated after each update of the host by steps of its own.
 
     The imitation has its own optimizer: in the host's, its gradients would swell the moments that
     the host's own steps are divided by. Of these steps as many are taken as the traces are open:
 
-    - the mean over kept steps of ``w = max(1 - V(s_t) / R_t, 0)``, the share of the trace's
+    - the mean over kept steps of ``w = 1 - V(s_t) / R_t``, within 0 and 1, the share of the trace's
       return that the host's critic does not expect yet: where the policy gets there by itself, it
-      vanishes;
+      vanishes (where ``R_t <= 0``, w is 1 as long as ``V(s_t)`` is clearly below it, else 0);
     - times ``1 - n``, where ``n`` says how near the next reward is in the host's own rollout, in
       the mean over its steps ``gamma ** k``, with ``k`` steps until a reward that is not zero:
       where rewards come all the time, the host learns from them, and w's zero is no level of
@@ -147,74 +137,26 @@ class RecallTraces:
     """
 
     def __init__(self, host: Any, settings: RecallSettings) -> None:
-        self.host, self.settings, self.history = host, settings, host.history
-        s, task, seed = settings, host.task, host.seed
-        self.keys = list(dict.fromkeys([*task.keys, *host.critic_keys]))
-        self.generator = torch.Generator().manual_seed(seed + 4)
+        self.rewarded = BestRewardedStarts(host, settings.num_choices)
+        super().__init__(
+            host,
+            settings,
+            self.rewarded,
+            until_reward=settings.until_reward,
+            support_cell=settings.support_cell,
+        )
         self.imitation = RecallTraceLoss(host.actor, weight=given_weight, normalize_weights=True)
-        self.optimizer = torch.optim.Adam(host.actor.parameters(), lr=s.imitation_rate, fused=True)
-        self.rewarded = BestRewardedStarts(host, s.num_choices)
-        self.starts: Any = self.rewarded
-        if s.frontier:
-            self.starts = FrontierStarts(
-                self.history.buffer,
-                hold=s.hold,
-                num_targets=s.num_targets,
-                then=self.rewarded,
-                until_reward=s.until_reward,
-                observation_keys=self.keys,
-                rarity_keys=list(task.rarity_keys) or None,
-            )
-        inputs = [task.inputs[key] for key in task.rarity_keys or self.keys]
-        shift, scale = (torch.tensor(sum((x[i] for x in inputs), ())) for i in (0, 1))
-        self.cells = Cells(shift, scale, s.even_cell)
+        self.optimizer = torch.optim.Adam(
+            host.actor.parameters(), lr=settings.imitation_rate, fused=True
+        )
         self.batch: TensorDictBase | None = None
         self.open = 1.0
         self._fits = 0
-        self._make_source()
-
-    def _make_source(self) -> None:
-        s, host = self.settings, self.host
-        # The host's random numbers stay those of the run without traces.
-        with torch.random.fork_rng(devices=[]):
-            self.model = BacktrackModel.from_env(
-                host.env,
-                num_cells=(s.model_cells, s.model_cells),
-                observation_keys=self.keys,
-                stop=False,
-                # Dynamics without noise: the likelihood's peaks throw a model without a floor off.
-                delta_log_scale_range=(s.lowest_log_scale, 2.0),
-            )
-        self.model_loss = BacktrackLoss(self.model)
-        self.model_optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=s.model_rate, fused=True
-        )
-        self.support = DataSupport(
-            self.model,
-            num_references=s.num_references,
-            cell_size=s.support_cell,
-            generator=torch.Generator().manual_seed(host.seed + 3),
-        )
-        self.transform = BacktrackTransform(
-            self.model,
-            num_steps=s.trace_steps,
-            last_visit=False,
-            start=self.starts,
-            masks=[LastVisitRadius(s.radius, scale=self.model, in_keys=self.keys)],
-            support=self.support if s.support else None,
-            num_candidates=s.num_candidates,
-            generator=self.generator,
-        )
 
     def update(self, data: TensorDictBase) -> None:
         """Fit the model and walk back anew, before the host learns from a rollout."""
-        keys = self.host.task.rarity_keys or self.keys
-        self.cells.add(torch.cat([data["next", key] for key in keys], -1).flatten(0, -2))
-        trace = self._traces()
+        trace, rows = self.walk_back()
         self.batch = None
-        kept = trace["collector", "mask"]
-        self.host.note("trace_kept", kept.float().mean())
-        rows = kept.nonzero(as_tuple=True)
         if not len(rows[0]):
             return
         trace["weight"] = self._weight(trace)
@@ -228,8 +170,7 @@ class RecallTraces:
     @torch.no_grad()
     def _weight(self, trace: TensorDictBase) -> Tensor:
         """Return how much each step counts, ``[B, T]``."""
-        before_reward = self.settings.frontier and not self.starts.found
-        if before_reward or not self.settings.gate:
+        if self.is_exploring or not self.settings.gate:
             return torch.ones(trace.shape)
         gamma, reached = self.host.settings.gamma, self.rewarded.reached
         assert reached is not None
@@ -260,52 +201,15 @@ class RecallTraces:
         self.optimizer.zero_grad()
         self.host.gradient_steps += steps
 
-    def _traces(self) -> TensorDictBase:
-        self.fit()
-        # Each row once: repeats would make the data look denser than they are.
-        rows = self._even(4 * self.settings.num_references).unique()
-        self.support.fit(self.history.data["next"].select(*self.keys)[rows])
-        return self.transform(TensorDict({}, [self.settings.num_traces]))["trace"]
-
-    def _even(self, number: int) -> Tensor:
-        return self.cells.draw(number, self.generator)
-
-    def fit(self) -> None:
-        """Take the model's gradient steps of one update."""
-        s = self.settings
+    def _model_steps(self) -> int:
         # In proportion to the share of the data that is new.
         self._fits += 1
-        steps = s.model_steps + round(s.first_model_steps / self._fits)
-        keys = [*self.keys, "action", *(("next", key) for key in self.keys)]
-        rows = self._even(steps * s.model_batch)
-        data: Any = self.history.data.select(*keys)[rows]
-        for batch in data.split(s.model_batch):
-            loss = self.model_loss(batch)["loss_backtrack"]
-            self.model_optimizer.zero_grad()
-            loss.backward()
-            self.model_optimizer.step()
+        return self.settings.model_steps + round(self.settings.first_model_steps / self._fits)
+
+    def _references(self) -> Tensor:
+        # Each row once: repeats would make the data look denser than they are.
+        return super()._references().unique()
 
 
-class RealPast(RecallTraces):
-    """The control: what really came before the same states, without a model."""
-
-    def _make_source(self) -> None:
-        pass
-
-    def _traces(self) -> TensorDictBase:
-        s, history = self.settings, self.history
-        start = self.starts(TensorDict({}, [s.num_traces]), self.generator)
-        data = history.data
-        found = start.get(("collector", "mask"), torch.ones(s.num_traces, dtype=torch.bool))
-        # A start is one of the seen states: this finds its row, at distance 0.
-        keys = self.keys
-        seen = torch.cat([data["next", key] for key in keys], -1)
-        state = torch.cat([start[key] for key in keys], -1)
-        distinct, which = state.unique(dim=0, return_inverse=True)
-        row = torch.stack([(seen - one).square().sum(-1).argmin() for one in distinct])[which]
-        trace, kept = history.past(row, s.trace_steps)
-        scale = seen.std(0).clamp_min(1e-4)
-        mask = LastVisitRadius(s.radius, scale=scale, in_keys=keys)(trace)
-        mask = mask & kept & found.unsqueeze(-1)
-        trace["collector"] = TensorDict({"mask": mask}, trace.shape)
-        return trace
+class RealPast(RealSteps, RecallTraces):
+    """The control of `RecallTraces`: the real past of the same states."""

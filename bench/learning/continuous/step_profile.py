@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from bench.learning import store
 from bench.learning.continuous import variants as on_policy
 from bench.learning.continuous.off_policy import OffPolicy
-from bench.learning.continuous.off_policy_rows import OFF_POLICY_TASKS, VARIANTS, settings_of
+from bench.learning.continuous.off_policy_rows import OFF_POLICY_TASKS, VARIANTS
 from bench.learning.continuous.ppo import PPO
 from bench.learning.continuous.tasks import TASKS
 from bench.result_files import write_result
@@ -68,11 +67,8 @@ class Stopwatch:
 
 def make_ppo(task_name: str, traces: bool, budget: int) -> tuple[PPO, dict[str, float]]:
     """Return a PPO with its time by part."""
-    task, variant, make = TASKS[task_name], on_policy.VARIANTS["traces"], None
-    if traces:
-        guide: Any = variant.guide
-        make = partial(guide, **on_policy.settings_of(task, variant))
-    host, watch = PPO(task, 0, make, budget), Stopwatch()
+    variant = on_policy.VARIANTS["traces" if traces else "plain"]
+    host, watch = PPO(TASKS[task_name], 0, variant.make(), budget), Stopwatch()
     watch.wrap(host, "iterate", REST)
     watch.wrap(host, "_collect", "environment and policy")
     watch.wrap(host.history, "extend", "replay buffer")
@@ -89,11 +85,8 @@ def make_off_policy(
     algorithm: str, task_name: str, traces: bool, budget: int
 ) -> tuple[OffPolicy, dict[str, float]]:
     """Return SAC or TD3 with its time by part."""
-    task, variant, make = OFF_POLICY_TASKS[task_name], VARIANTS["traces"], None
-    if traces:
-        guide: Any = variant.guide
-        make = partial(guide, **settings_of(task, variant))
-    host = OffPolicy(task.task, 0, task.settings, algorithm, make, budget=budget)
+    task, variant = OFF_POLICY_TASKS[task_name], VARIANTS["traces" if traces else "plain"]
+    host = OffPolicy(task.task, 0, task.settings, algorithm, variant.make(), budget=budget)
     return host, host.parts
 
 

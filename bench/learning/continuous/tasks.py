@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
 from torchrl.envs import EnvBase
 
 from bench.learning.continuous.half_cheetah import SparseHalfCheetahEnv
@@ -39,7 +41,6 @@ class Task:
             before the networks.
         critic_keys: what the critic reads; empty is the same.
         rarity_keys: on which keys the frontier is measured; empty is all of them.
-        tuned: of controls, by variant, the options tuned for this task; traces have one recipe.
         variants: the rows that are run.
         mujoco: whether MuJoCo makes it, where fewer seeds are run.
         score: ``"success"``, share of episodes with success; ``"reward"``, reward of an episode
@@ -57,10 +58,14 @@ class Task:
     num_tests: int = 32
     rarity_keys: tuple[str, ...] = ()
     score: str = "success"
-    tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
     variants: tuple[str, ...] = ("plain", "traces", "real_past", "sil", "count", "best")
     mujoco: bool = False
     ppo: PPOSettings = field(default_factory=PPOSettings)
+
+    def scaling(self, keys: Iterable[str]) -> tuple[Tensor, Tensor]:
+        """Return what to subtract from the numbers of these keys, and what to divide by."""
+        shifts, scales = zip(*(self.inputs[key] for key in keys), strict=True)
+        return torch.tensor(sum(shifts, ())), torch.tensor(sum(scales, ()))
 
     def environment(self) -> dict[str, Any]:
         """Return how the environments are made, as JSON holds it."""

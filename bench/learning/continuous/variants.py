@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
-
-from bench.learning.continuous.controls import (
-    BestTrajectories,
-    CountBonus,
-    NoveltyBonus,
-    SelfImitation,
-)
+from bench.learning.continuous.controls import BestTrajectories, CountBonus, SelfImitation
 from bench.learning.continuous.ppo import PPO
 from bench.learning.continuous.recall import RealPast, RecallSettings, RecallTraces
 from bench.learning.continuous.tasks import TASKS, Task
@@ -39,32 +32,30 @@ EARLIER = {
 class Variant:
     """What is added to the host: a guide and its arguments."""
 
-    name: str
     label: str
-    guide: Callable[..., Any] | None
-    options: dict[str, Any]
-    recalls: bool = False  # its options are those of `RecallSettings`
+    guide: Callable[..., Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def make(self) -> Callable[..., Any] | None:
+        """Return what builds the guide, given a host; None: there is none."""
+        return None if self.guide is None else partial(self.guide, **self.options)
+
+    def definition(self) -> dict[str, Any]:
+        """Return the guide's arguments, as JSON holds them."""
+        settings = self.options.get("settings")
+        return dict(self.options) if settings is None else asdict(settings)
 
 
+# Traces and the real past have the same settings on every task.
+RECALL = {"settings": RecallSettings()}
 VARIANTS = {
-    variant.name: variant
-    for variant in (
-        Variant("plain", "PPO", None, {}),
-        Variant("traces", "PPO + recall traces", RecallTraces, {}, recalls=True),
-        Variant("real_past", "PPO + real past of the same states", RealPast, {}, recalls=True),
-        Variant("sil", "PPO + SIL", SelfImitation, {}),
-        Variant("best", "PPO + best real trajectories", BestTrajectories, {}),
-        Variant("count", "PPO + count bonus", CountBonus, {"coeff": 0.1}),
-        Variant("rnd", "PPO + RND bonus", NoveltyBonus, {}),
-    )
+    "plain": Variant("PPO"),
+    "traces": Variant("PPO + recall traces", RecallTraces, RECALL),
+    "real_past": Variant("PPO + real past of the same states", RealPast, RECALL),
+    "sil": Variant("PPO + SIL", SelfImitation),
+    "best": Variant("PPO + best real trajectories", BestTrajectories),
+    "count": Variant("PPO + count bonus", CountBonus, {"coeff": 0.1}),
 }
-
-
-def settings_of(task: Task, variant: Variant) -> dict[str, Any]:
-    """Return the arguments of a variant's guide; those of traces are the same on every task."""
-    if variant.recalls:
-        return {"settings": RecallSettings(**variant.options)}
-    return {**variant.options, **task.tuned.get(variant.name, {})}
 
 
 def seeds_of(task: Task, variant: str) -> tuple[int, ...]:
@@ -75,25 +66,47 @@ def seeds_of(task: Task, variant: str) -> tuple[int, ...]:
     return seeds[:NUM_MUJOCO_SEEDS] if task.mujoco else seeds
 
 
-def train(task_name: str, variant_name: str, seed: int, budget: int | None = None) -> dict:
+def train(
+    task: Task, variant: str, seed: int, score_range: tuple[float, float] | None = None
+) -> dict[str, Any]:
     """Train one row with one seed; see `Entry.train`."""
-    torch.set_num_threads(1)
-    task, variant = TASKS[task_name], VARIANTS[variant_name]
-    make = None
-    if variant.guide is not None:
-        make = partial(variant.guide, **settings_of(task, variant))
-    return PPO(task, seed, make, budget).train()
+    return clipped(PPO(task, seed, VARIANTS[variant].make()).train(), score_range)
 
 
-def entries() -> list[Entry]:
-    """Return all rows."""
+def clipped(found: dict[str, Any], score_range: tuple[float, float] | None) -> dict[str, Any]:
+    """Return a run whose scores beyond the range are its ends; None: there is no range."""
+    if score_range is None:
+        return found
+    low, high = score_range
+    return {**found, "score": [min(max(score, low), high) for score in found["score"]]}
+
+
+def entries_of(
+    tasks: Iterable[Task],
+    seeds_of: Callable[[Task, str], tuple[int, ...]] = seeds_of,
+    range_of: Callable[[Task], tuple[float, float]] | None = None,
+) -> list[Entry]:
+    """Return PPO's rows of tasks.
+
+    Args:
+        tasks: with the variants to be run.
+        seeds_of: the seeds of a task and variant.
+        range_of: the range of a task's score; None: from 0 to 1, and scores cannot leave it.
+    """
     rows = []
-    for task in TASKS.values():
+    for task in tasks:
+        score_range = None if range_of is None else range_of(task)
         for name in task.variants:
-            variant = VARIANTS[name]
-            options = settings_of(task, variant)
-            if variant.recalls:
-                options = asdict(options["settings"])
+            definition = {
+                "environment": task.environment(),
+                "ppo": asdict(task.ppo),
+                "options": VARIANTS[name].definition(),
+                "evaluate_every": task.evaluate_every,
+                "num_tests": task.num_tests,
+                "score": task.score,
+            }
+            if score_range is not None:
+                definition["score_range"] = list(score_range)
             rows.append(
                 Entry(
                     task=task.name,
@@ -101,19 +114,17 @@ def entries() -> list[Entry]:
                     variant=name,
                     seeds=seeds_of(task, name),
                     budget=task.budget,
-                    train=partial(train, task.name, name),
-                    definition={
-                        "environment": task.environment(),
-                        "ppo": asdict(task.ppo),
-                        "options": options,
-                        "evaluate_every": task.evaluate_every,
-                        "num_tests": task.num_tests,
-                        "score": task.score,
-                    },
-                    label=variant.label,
+                    train=partial(train, task, name, score_range=score_range),
+                    definition=definition,
+                    label=VARIANTS[name].label,
                 )
             )
     return rows
+
+
+def entries() -> list[Entry]:
+    """Return all rows."""
+    return entries_of(TASKS.values())
 
 
 def sections() -> list[Section]:
@@ -125,5 +136,6 @@ def sections() -> list[Section]:
             tasks=tuple(TASKS),
             reference=("ppo/plain",),
             by_steps_to_solve=False,
+            algorithms=("ppo",),
         )
     ]

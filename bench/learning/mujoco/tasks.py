@@ -83,6 +83,7 @@ def _task(task: str, body: str, reward: str, **options: Any) -> Task:
         evaluate_every=EVALUATE_EVERY,
         num_tests=8,
         score="reward",
+        variants=("plain", "traces"),
         mujoco=True,
         ppo=PPOSettings(
             num_envs=16,
