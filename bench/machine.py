@@ -26,7 +26,7 @@ def describe(device: torch.device | str = "cpu") -> dict[str, Any]:
         dict: for the result file.
     """
     device = torch.device(device)
-    peers = {name: _version(name) for name in ("jax", "mbrl", "cpprb")}
+    peers = {name: version_of(name) for name in ("jax", "mbrl", "cpprb")}
     return {
         "processor": _processor(),
         "count": os.cpu_count(),
@@ -48,7 +48,8 @@ def result_file(machine: dict[str, Any]) -> Path:
     return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return the version of a package; None: it is not there."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def write_result(path: Path, content: Any, *, indent: int | None = 1) -> None:
         indent: of JSON; None is one line.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A run that is cut off leaves no half a result.
-    part = path.with_suffix(".part")
+    # A run that is cut off leaves no half a result, and two processes do not share a file.
+    part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
     part.replace(path)

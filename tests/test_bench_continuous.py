@@ -12,7 +12,6 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs.utils import check_env_specs
 
-from bench.learning.continuous import entries, sections
 from bench.learning.continuous.cells import Cells
 from bench.learning.continuous.history import History
 from bench.learning.continuous.mountain_car import SparseMountainCarEnv
@@ -342,9 +341,3 @@ def test_every_row_trains(task_name: str, variant_name: str):
     after = list(host.policy.parameters())
     assert all(p.isfinite().all() for p in after)
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-def test_entries_are_unique_and_in_the_section():
-    made = entries()
-    assert len({(entry.task, entry.name) for entry in made}) == len(made)
-    assert {entry.task for entry in made} == set(sections()[0].tasks)

@@ -153,6 +153,17 @@ def test_report_by_hand(tmp_path):
     fake(tmp_path, "uniform", 0, [0.0, 0.0, 0.0], settings={"a": 2})
     with pytest.raises(ValueError, match="of 2 settings"):
         POINT.load(tmp_path)
+    copied = POINT.path("uniform", 8, tmp_path)
+    copied.write_text(POINT.path("uniform", 9, tmp_path).read_text())
+    with pytest.raises(ValueError, match=r"uniform_8\.json holds uniform, seed 9"):
+        POINT.load(tmp_path)
+
+
+def test_the_report_says_which_maze_is_not_complete(tmp_path):
+    fake(tmp_path, "uniform", 0, [0.0, 0.0, 0.0])
+    results.report([], [], tmp_path / "learning", tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "Not complete: 0 complete seeds of goal_coverage; run first." in text
 
 
 def test_report_without_all_controls(tmp_path):

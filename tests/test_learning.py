@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -37,6 +39,14 @@ def train(seed, name="plain", speed=1):
     }
 
 
+def fail_at(bad, seed):
+    """A run that fails with one seed, and takes a while with those that come later."""
+    if seed == bad:
+        raise RuntimeError(f"seed {seed}")
+    time.sleep(0.5 * (seed > bad))
+    return train(seed)
+
+
 def entry(variant="plain", speed=1, seeds=(0, 1, 2), **options):
     run = partial(train, name=variant, speed=speed)
     options = {"definition": {"speed": speed}, "budget": 200, **options}
@@ -61,11 +71,13 @@ class TestEntry:
         with pytest.raises(ValueError, match=names):
             replace(entry(), **change)
 
-    def test_the_suite_has_no_entry_twice_and_its_sections_name_its_tasks(self):
+    def test_the_suite_has_no_entry_twice_and_its_sections_show_them_all(self):
         entries = suite.collect()
         tasks = {e.task for e in entries}
         names = {(e.task, e.name) for e in entries}
-        assert len(names) == len(entries)
+        shown = {(t, a) for s in suite.sections() for t in s.tasks for a in s.algorithms or ("",)}
+        for e in entries:
+            assert {(e.task, e.algorithm), (e.task, "")} & shown, (e.task, e.name)
         for section in suite.sections():
             assert set(section.tasks) <= tasks, section.name
             found = {name for task, name in names if task in section.tasks}
@@ -90,7 +102,8 @@ class TestRunner:
             assert runs[1][name] == pytest.approx(expected[name])
         assert runs[1]["definition"] == {"speed": 1, "budget": 200}
         assert re.fullmatch(r"[0-9a-f]{12}(\+changes)?|unknown", runs[1]["commit"])
-        assert {"torch", "torchrl", "python"} == set(runs[1]["versions"])
+        simulators = {"gymnasium", "mujoco"}
+        assert {"torch", "torchrl", "python"} == set(runs[1]["versions"]) - simulators
         assert runs[1]["machine"]
         assert not list(tmp_path.rglob("*.part"))
 
@@ -117,6 +130,50 @@ class TestRunner:
             store.load(tmp_path, entry(**change))
         with pytest.raises(ValueError, match="stale"):
             run_missing([entry(**change)], tmp_path)
+
+    @pytest.mark.parametrize(
+        ("damage", "names"),
+        [
+            (lambda run: "", "JSONDecodeError"),
+            (lambda run: "[]", "TypeError"),
+            (lambda run: json.dumps({k: v for k, v in run.items() if k != "score"}), "score"),
+            (lambda run: json.dumps(run | {"seed": 99}), "seed is 99, not 1"),
+            (lambda run: json.dumps(run | {"variant": "fast"}), "variant is 'fast'"),
+            (lambda run: json.dumps(run | {"score": run["score"][:-1]}), "equally long"),
+            (lambda run: json.dumps(run | {"score": [float("nan")] * 11}), "nan"),
+        ],
+    )
+    def test_a_damaged_file_is_named(self, tmp_path, damage, names):
+        run_missing([entry()], tmp_path)
+        file = store.path_of(tmp_path, entry(), 1)
+        file.write_text(damage(json.loads(file.read_text())))
+        with pytest.raises(ValueError, match=f"{re.escape(str(file))} is damaged.*{names}"):
+            store.load(tmp_path, entry())
+
+    def test_a_failure_loses_no_other_run(self, tmp_path):
+        some = replace(entry(seeds=tuple(range(8))), train=partial(fail_at, 2))
+        with pytest.raises(RuntimeError, match="seed 2"):
+            run_missing([some], tmp_path, workers=2)
+        done = {run["seed"] for run in store.load(tmp_path, some)}
+        # All that was begun before, or beside it; and nothing long after.
+        assert {0, 1} <= done
+        assert 2 not in done
+        assert done != set(range(8)) - {2}
+        whole = entry(seeds=some.seeds)
+        assert run_missing([whole], tmp_path, workers=2) == 8 - len(done)
+
+    def test_what_another_process_made_meanwhile_is_left(self, tmp_path):
+        def train_other(seed):
+            if seed == 0:
+                run_missing([entry()], tmp_path, seeds=[1])
+            return train(seed)
+
+        assert run_missing([replace(entry(), train=train_other)], tmp_path) == 2
+        assert len(store.load(tmp_path, entry())) == 3
+
+    def test_unknown_seeds_are_an_error(self, tmp_path):
+        with pytest.raises(ValueError, match=r"seeds \[77\].*\[0, 1, 2\]"):
+            run_missing([entry()], tmp_path, seeds=[1, 77])
 
     @pytest.mark.parametrize(
         ("change", "names"),
@@ -217,7 +274,7 @@ class TestMeasures:
 class TestReport:
     @pytest.fixture
     def entries(self, tmp_path):
-        entries = [entry(), entry("fast", 2, label="fast | label".replace("|", "/"))]
+        entries = [entry(), entry("fast", 2, label="fast / label")]
         run_missing(entries, tmp_path / "runs")
         return entries
 
@@ -264,6 +321,15 @@ class TestReport:
         assert row.finals.tolist() == [1]
         assert row.areas.tolist() == [0.5]
 
+    @pytest.mark.parametrize(("last", "expected"), [(1.59, None), (1.61, 10)])
+    def test_solved_is_a_share_of_the_range(self, last, expected):
+        """.9 of the way from -2 to 2 is 1.6, whatever the host has made of the bare score."""
+        run = {"steps": [0, 10], "score": [1.0, last], "seconds": [0, 1], "solved_at": 0}
+        row = Row(entry(budget=20, definition={"score_range": [-2, 2]}), [run])
+        assert row.solved_at == [expected]
+        assert row.num_solved == (expected is not None)
+        assert row.costs.tolist() == [expected or 20]
+
     def test_readme(self, entries, tmp_path):
         tables = results.in_readme(entries, [SECTION], tmp_path / "runs")
         assert "A2C, plain" in tables
@@ -289,6 +355,7 @@ def test_jobs_leave_this_process_as_it_was(fails, monkeypatch):
     # TensorDict asks for pandas at each call of a module; within jobs the answer is no.
     monkeypatch.delitem(sys.modules, "pandas", raising=False)
     threads, seen = torch.get_num_threads(), []
+    level = logging.getLogger("torchrl").level
 
     def run(job: int) -> int:
         seen.append((sys.modules["pandas"], torch.get_num_threads()))
@@ -302,3 +369,4 @@ def test_jobs_leave_this_process_as_it_was(fails, monkeypatch):
     assert seen == [(None, 1)] * 2
     assert "pandas" not in sys.modules
     assert torch.get_num_threads() == threads
+    assert logging.getLogger("torchrl").level == level

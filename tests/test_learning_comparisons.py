@@ -28,7 +28,7 @@ def row(variant: str, scores: list[float], algorithm: str = "sac", task: str = "
 
 class TestComparisons:
     def test_differences_are_shares_of_the_range(self):
-        rows = [row("plain", [0.2] * 4), row("traces", [1.0] * 4), row("per", [0.4] * 4)]
+        rows = [row("plain", [0.2] * 5), row("traces", [1.0] * 5), row("per", [0.4] * 5)]
         lines = comparisons({"maze": rows}, [("traces", "plain"), ("per", "traces")]).splitlines()
         assert lines[0] == "| task | host | traces − plain | per − traces |"
         assert lines[2:] == [
@@ -36,20 +36,20 @@ class TestComparisons:
         ]
 
     def test_marks(self):
-        spread = row("traces", [0.0, 0.1, 0.9, 1.0])
-        level = row("plain", [0.5] * 4)
+        spread = row("traces", [0.0, 0.1, 0.5, 0.9, 1.0])
+        level = row("plain", [0.5] * 5)
         text = comparisons({"maze": [spread, level]}, [("traces", "plain")])
         assert text.endswith(" † |")
         assert "**" not in text
         # Lost, but by less than .05.
         close = comparisons(
-            {"maze": [row("traces", [0.48] * 4), level]}, [("traces", "plain")]
+            {"maze": [row("traces", [0.48] * 5), level]}, [("traces", "plain")]
         ).splitlines()[-1]
         assert close == "| maze | SAC | -0.010 [-0.010, -0.010] |"
 
     def test_hosts_have_lines_of_their_own_and_missing_rows_are_empty(self):
-        rows = [row("plain", [0.2] * 4), row("traces", [0.2] * 4)]
-        rows += [row("plain", [0.0] * 4, "ppo"), row("traces", [2.0] * 4, "ppo")]
+        rows = [row("plain", [0.2] * 5), row("traces", [0.2] * 5)]
+        rows += [row("plain", [0.0] * 5, "ppo"), row("traces", [2.0] * 5, "ppo")]
         pairs = [("traces", "plain"), ("traces", "per")]
         lines = comparisons({"maze": rows, "other": rows[:1]}, pairs).splitlines()
         assert lines[2:] == [
@@ -57,8 +57,13 @@ class TestComparisons:
             "| maze | PPO | **+1.000 [+1.000, +1.000]** |  |",
         ]
 
+    def test_few_runs_say_nothing(self):
+        rows = [row("plain", [0.2] * 4), row("traces", [1.0] * 5)]
+        text = comparisons({"maze": rows}, [("traces", "plain")])
+        assert text.endswith("| +0.400 [+0.400, +0.400], 5 and 4 runs |")
+
     def test_equal_runs_are_one_method(self):
-        scores = [0.0, 0.4, 1.0, 2.0]
+        scores = [0.0, 0.4, 1.0, 1.5, 2.0]
         rows = [row("plain", scores), row("traces", scores)]
         text = comparisons({"maze": rows}, [("traces", "plain")])
         assert text.endswith("| SAC | +0.000 [+0.000, +0.000] |")

@@ -238,12 +238,6 @@ def test_often_is_the_same_learner_with_more_updates():
     assert {**many, "host": few["host"]} == few
 
 
-def test_entries_are_unique_and_in_the_section():
-    made = off_policy_rows.entries()
-    assert len({(entry.task, entry.name) for entry in made}) == len(made)
-    assert {entry.task for entry in made} == set(off_policy_rows.sections()[0].tasks)
-
-
 class TestProfile:
     def test_time_inside_an_inner_call_is_its_own(self):
         clock = iter([0.0, 1.0, 4.0, 9.0, 9.0, 11.0])

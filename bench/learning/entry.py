@@ -25,8 +25,8 @@ class Entry:
             ``score`` (equally long, of each evaluation; scores in 0 to 1, or in the definition's
             ``score_range``), ``seconds`` (since the start, without the time of evaluations),
             ``solved_at`` (environment steps, or None) and ``log`` (anything that JSON holds).
-        definition: all that says what is run, as JSON holds it. A result that was made with
-            another one is stale.
+        definition: the settings that say what is run, as JSON holds them. A result that was made
+            with others is stale; the commit that a result names says the rest.
         label: how tables call the row; made from the variant if empty.
 
     Raises:

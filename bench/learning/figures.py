@@ -56,9 +56,7 @@ def _curve(axis: Any, row: Row, what: str, colour: str) -> Any:
     places = [np.array(run[what], dtype=float) for run in row.runs]
     scores = [row.shares(run) for run in row.runs]
     last = max(place[-1] for place in places)
-    unsolved = [
-        place[-1] for place, run in zip(places, row.runs, strict=True) if run["solved_at"] is None
-    ]
+    unsolved = [p[-1] for p, at in zip(places, row.solved_at, strict=True) if at is None]
     # Beyond its budget nothing is known of a run; one that was solved keeps its score.
     end = min([*unsolved, last])
     begin = max(end / 1000, min(place[min(1, len(place) - 1)] for place in places), 1e-3)
@@ -72,6 +70,8 @@ def _curve(axis: Any, row: Row, what: str, colour: str) -> Any:
 def draw_comparison(section: Section, tasks: Mapping[str, Sequence[Row]], path: Path) -> None:
     """Draw each row against its reference: sample efficiency and probability of improvement.
 
+    Rows of equal runs are left out.
+
     Args:
         section: what they are of.
         tasks: rows of each task.
@@ -82,7 +82,9 @@ def draw_comparison(section: Section, tasks: Mapping[str, Sequence[Row]], path: 
         (row, reference)
         for rows in tasks.values()
         for row in rows
-        if (reference := reference_of(row, rows, section)) is not None and reference is not row
+        if (reference := reference_of(row, rows, section)) is not None
+        and reference is not row
+        and row.scores != reference.scores
     ]
     figure, axes = plt.subplots(
         1, 2, figsize=(10, 1.1 + 0.21 * max(len(pairs), 1)), layout="constrained", sharey=True

@@ -88,12 +88,15 @@ class Maze:
 
         Raises:
             FileNotFoundError: fewer than two such seeds.
-            ValueError: runs of different settings.
+            ValueError: runs of different settings, or one under another's name.
         """
         found: Runs = {variant: {} for variant in ORDER}
         for path in sorted((root / self.name).glob("*.json")):
             result = json.loads(path.read_text())
-            found[result["variant"]][result["seed"]] = result
+            variant, seed = result["variant"], result["seed"]
+            if path != self.path(variant, seed, root):
+                raise ValueError(f"{path} holds {variant}, seed {seed}.")
+            found[variant][seed] = result
         common = set.intersection(*(set(found[variant]) for variant in MAIN))
         if len(common) < 2:
             raise FileNotFoundError(f"{len(common)} complete seeds of {self.name}; run first.")
@@ -152,7 +155,8 @@ def _make(maze: Maze, settings: Any, made_by: str, job: tuple[str, int]) -> floa
     try:
         claim.touch(exist_ok=False)
     except FileExistsError:
-        return None  # if its process was killed, remove the file
+        print(f"{variant}, seed {seed}: another process is at it; if none is, remove {claim}")
+        return None
     try:
         result = Run(variant, seed, settings).run()
         result |= {"variant": variant, "seed": seed, "settings": asdict(settings)}
@@ -250,12 +254,18 @@ def draw(maze: Maze, runs: Runs, root: Path = RESULTS) -> Path:
     return path
 
 
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def main() -> None:
     """Run or report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="make the runs that are missing")
-    runs.add_argument("--seeds", type=int, help="how many (10 of the point, 5 of the ant)")
+    runs.add_argument("--seeds", type=_count, help="how many (10 of the point, 5 of the ant)")
     runs.add_argument("--first-seed", type=int, default=0)
     runs.add_argument("--variants", nargs="+", choices=ORDER, default=ORDER, metavar="VARIANT")
     drawn = commands.add_parser("report", help="table and figure from the committed runs")

@@ -22,13 +22,17 @@ def results(
 ) -> Iterator[tuple[Job, Any]]:
     """Run jobs and yield each with its result as it comes.
 
+    The first job that fails ends it: no other is begun, those that run already are waited for and
+    yielded, and then its error is raised.
+
     Args:
         jobs: picklable if there are several workers.
         run: takes a job; picklable likewise.
         workers: processes side by side; 1 is this process.
     """
     if workers == 1:
-        threads = torch.get_num_threads()
+        logger = logging.getLogger("torchrl")
+        threads, level = torch.get_num_threads(), logger.level
         loaded = LOOKED_FOR & sys.modules.keys()
         _start_worker()
         try:
@@ -36,14 +40,29 @@ def results(
                 yield job, run(job)
         finally:
             torch.set_num_threads(threads)
+            logger.setLevel(level)
             for name in LOOKED_FOR - loaded:
                 sys.modules.pop(name, None)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    failure: BaseException | None = None
+    try:
         futures = {pool.submit(run, job): job for job in jobs}
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            if future.cancelled():
+                continue
+            error = future.exception()
+            if error is None:
+                yield futures[future], future.result()
+            elif failure is None:
+                failure = error
+                for waiting in futures:
+                    waiting.cancel()
+        if failure is not None:
+            raise failure
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,19 @@ def run_missing(
         seeds: run only these of an entry's seeds; None is all of them.
         workers: processes side by side, of one thread each; 1 is this process.
 
+    Each run is saved as soon as it ends, by the process that made it; one whose result has come
+    from elsewhere meanwhile is left out.
+
     Returns:
         How many were run.
 
     Raises:
-        ValueError: a result that is there is stale.
+        ValueError: a result that is there is stale or damaged, or a seed that no entry has.
     """
+    known = {seed for entry in entries for seed in entry.seeds}
+    if seeds is not None and not set(seeds) <= known:
+        unknown = sorted(set(seeds) - known)
+        raise ValueError(f"no entry has the seeds {unknown}; there are {sorted(known)}.")
     wanted = [(entry, seed) for entry in entries for seed in entry.seeds]
     wanted = [(entry, seed) for entry, seed in wanted if seeds is None or seed in seeds]
     times = {}
@@ -42,10 +50,13 @@ def run_missing(
             times[entry.task, entry.name] = [run["seconds"][-1] for run in there]
     waiting = [job for job in wanted if not store.path_of(folder, *job).exists()]
     print(f"{len(wanted) - len(waiting)} of {len(wanted)} runs are there.", flush=True)
-    made = store.provenance()
-    began = time.monotonic()
-    for done, ((entry, seed), measured) in enumerate(jobs.results(waiting, _train, workers), 1):
-        result = store.save(folder, entry, seed, measured, made)
+    train = partial(_train, folder, store.provenance())
+    began, trained = time.monotonic(), 0
+    for done, ((entry, seed), result) in enumerate(jobs.results(waiting, train, workers), 1):
+        if result is None:
+            print(f"[{done}/{len(waiting)}] {entry.task} {entry.name} {seed}: is there by now")
+            continue
+        trained += 1
         solved = result["solved_at"]
         outcome = f"score {result['score'][-1]:.3f}"
         outcome += " not solved" if solved is None else f" solved at {solved:,} steps"
@@ -56,12 +67,15 @@ def run_missing(
             f"{result['seconds'][-1]:.1f} s; about {left / 60:.0f} min left",
             flush=True,
         )
-    return len(waiting)
+    return trained
 
 
-def _train(job: Run) -> dict[str, Any]:
+def _train(folder: Path, made: dict[str, Any], job: Run) -> dict[str, Any] | None:
+    """Train and save one run, unless its result is there; return it."""
     entry, seed = job
-    return entry.train(seed)
+    if store.path_of(folder, entry, seed).exists():
+        return None
+    return store.save(folder, entry, seed, entry.train(seed), made)
 
 
 def _left(

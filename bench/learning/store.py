@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.learning.entry import Entry
-from bench.machine import RESULTS, describe
+from bench.machine import RESULTS, describe, version_of
 from bench.result_files import write_result
 
 FOLDER = RESULTS / "learning"
 ROOT = RESULTS.parent.parent
 CODE = ("torchrl_recall", "bench/learning", ":(exclude)*.md")
+# A run says with which of these it was made, where they are.
+SIMULATORS = ("gymnasium", "mujoco")
 MEASURED = ("steps", "score", "seconds", "solved_at", "log")
 
 
@@ -29,7 +31,8 @@ def provenance() -> dict[str, Any]:
     return {
         "commit": commit(),
         "machine": f"{machine['processor']} x{machine['count']}",
-        "versions": {name: machine[name] for name in ("torch", "torchrl", "python")},
+        "versions": {name: machine[name] for name in ("torch", "torchrl", "python")}
+        | {name: found for name in SIMULATORS if (found := version_of(name))},
     }
 
 
@@ -116,14 +119,15 @@ def load(folder: Path, entry: Entry) -> list[dict[str, Any]]:
     """Read what has been run of an entry's seeds, by seed.
 
     Raises:
-        ValueError: a run was made with another definition than the entry has now.
+        ValueError: a file is damaged, or its run was made with another definition than the entry
+            has now.
     """
     runs = []
     for seed in sorted(entry.seeds):
         file = path_of(folder, entry, seed)
         if not file.exists():
             continue
-        run = json.loads(file.read_text())
+        run = _read(file, entry, seed)
         if run["definition"] != entry.full_definition:
             old, new = run["definition"], entry.full_definition
             keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
@@ -133,3 +137,17 @@ def load(folder: Path, entry: Entry) -> list[dict[str, Any]]:
             )
         runs.append(run)
     return runs
+
+
+def _read(file: Path, entry: Entry, seed: int) -> dict[str, Any]:
+    try:
+        run = json.loads(file.read_text())
+        named = {"task": entry.task, "algorithm": entry.algorithm, "variant": entry.variant}
+        for name, expected in {**named, "seed": seed}.items():
+            if run[name] != expected:
+                raise ValueError(f"{name} is {run[name]!r}, not {expected!r}")
+        if run["definition"] == entry.full_definition:
+            check(entry, run)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}.") from error
+    return run

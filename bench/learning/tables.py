@@ -15,6 +15,10 @@ from bench.learning.suite import Section
 
 # The largest loss, as a share of the score's range, that passes for none.
 NO_HARM = 0.05
+# Of the score's range.
+SOLVED = 0.9
+# Fewer runs on either side say nothing of a difference.
+ENOUGH = 5
 
 
 @dataclass(frozen=True)
@@ -35,16 +39,27 @@ class Row:
         return {run["seed"]: (run["steps"], run["score"]) for run in self.runs}
 
     @property
+    def solved_at(self) -> list[int | None]:
+        """Steps after which each run had solved the task: `SOLVED` of the score's range."""
+        return [self._solved_at(run) for run in self.runs]
+
+    def _solved_at(self, run: dict[str, Any]) -> int | None:
+        # The run itself says it of scores from 0 to 1, and more finely than by its evaluations.
+        if "score_range" not in self.entry.definition:
+            return run["solved_at"]
+        solved = np.flatnonzero(self.shares(run) >= SOLVED)
+        return run["steps"][solved[0]] if len(solved) else None
+
+    @property
     def num_solved(self) -> int:
         """Number of runs that solved the task."""
-        return sum(run["solved_at"] is not None for run in self.runs)
+        return sum(at is not None for at in self.solved_at)
 
     @property
     def costs(self) -> Array:
         """Steps until solved; an unsolved run counts as the budget."""
         budget = self.entry.budget
-        steps = [budget if run["solved_at"] is None else run["solved_at"] for run in self.runs]
-        return np.array(steps, dtype=float)
+        return np.array([budget if at is None else at for at in self.solved_at], dtype=float)
 
     @property
     def areas(self) -> Array:
@@ -146,9 +161,10 @@ def _area_line(row: Row, reference: Row | None) -> str:
     elif reference is not None:
         by_area = show(difference(row, reference, "areas"), "{:+.3f}")
         by_final = show(difference(row, reference, "finals"), "{:+.3f}")
-        names = f"{row.name} - {reference.name}"
-        found = measures.probability_of_improvement(areas, reference.areas, names)
-        probability = show(found, "{:.2f}")
+        if row.scores != reference.scores:
+            names = f"{row.name} - {reference.name}"
+            found = measures.probability_of_improvement(areas, reference.areas, names)
+            probability = show(found, "{:.2f}")
     cells = (
         row.entry.title,
         show(measures.interval(areas, row.name), "{:.3f}"),
@@ -187,6 +203,8 @@ def _versus(one: Row | None, other: Row | None) -> str:
         return ""
     found = difference(one, other, "areas")
     text = show(found, "{:+.3f}")
+    if min(len(one.runs), len(other.runs)) < ENOUGH:
+        return f"{text}, {len(one.runs)} and {len(other.runs)} runs"
     if found.low > 0:
         return f"**{text}**"
     return text + (" †" if found.low < -NO_HARM else "")
