@@ -51,9 +51,17 @@ def leave_out(app: Any, docname: str, source: list[str]) -> None:
                 source[0] = re.sub(rf"(?m)^{name}\n", "", source[0])
 
 
+def lead_inside(app: Any, docname: str, source: list[str]) -> None:
+    """Lead links to the originals of copied pages, as GitHub wants them, to the copies."""
+    for name, original in PAGES.items():
+        if (Path(app.srcdir) / f"{name}.md").exists():
+            source[0] = source[0].replace(f"](../{original}", f"]({name}.md")
+
+
 def setup(app: Any) -> dict[str, bool]:
-    """Register the reader."""
+    """Register the readers."""
     app.connect("source-read", leave_out)
+    app.connect("source-read", lead_inside)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
