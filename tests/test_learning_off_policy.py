@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.data import PrioritizedSampler
 
-from bench.learning.continuous import off_policy_rows, step_profile
+from bench.learning.continuous import off_policy_rows, off_policy_traces, step_profile
 from bench.learning.continuous.off_policy import OffPolicy, OffPolicySettings, Replay
 from bench.learning.continuous.off_policy_rows import OFF_POLICY_TASKS, VARIANTS
 from bench.learning.continuous.off_policy_traces import (
@@ -169,6 +169,19 @@ class TestWeights:
         assert guide.host.log["reward_nearness"][-1] == 1.0
         assert guide.steps is None
         assert guide.loss() is None
+
+    @pytest.mark.parametrize("near", [0.9, 0.84, 0.83, 0.5])
+    def test_what_rewards_leave_open(self, near, monkeypatch):
+        """Weights are scaled by 1 - n, down to a sixth: below that nothing is imitated."""
+        guide = self.made_guide()
+        monkeypatch.setattr(off_policy_traces, "reward_nearness", lambda data, gamma: near)
+        guide.update(guide.history.data[:0])
+        if near > 5 / 6:
+            assert guide.steps is None
+        else:
+            assert guide.steps is not None
+            expected = torch.full_like(guide.steps["weight"], 1 - near)
+            torch.testing.assert_close(guide.steps["weight"], expected)
 
     def test_imitation_is_that_of_the_kept_steps(self):
         guide = self.made_guide(imitation_coeff=0.5, imitation_batch=64)

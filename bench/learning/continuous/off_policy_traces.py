@@ -16,6 +16,10 @@ from torchrl_recall import RecallTraceLoss, ValuePrioritizedSampler
 from torchrl_recall.imitation.weights import returns_along
 from torchrl_recall.values import transition_value
 
+# Where rewards are nearer than this leaves, traces are closed: of the six imitation steps of PPO's
+# traces not one is left there either, whatever the critic expects.
+LEAST_OPEN = 1 / 6
+
 
 @dataclass(frozen=True)
 class ReplayRecallSettings:
@@ -83,8 +87,8 @@ class ReplayTraces(TraceGuide):
     ``1 - V(s_t) / R_t``, within 0 and 1, the share of the trace's return ``R_t`` that the critic
     does not expect from the policy yet (0 where ``R_t <= 0``; ``gate="relative"``), or by
     ``max(Q(s_t, a_t) - V(s_t), 0)`` (``"advantage"``; tried and left, see the reading of MuJoCo's
-    tasks). Weights are those of the time when the traces were drawn, times ``1 - n``
-    with ``n`` the `reward_nearness` of the host's last steps.
+    tasks). Weights are those of the time when the traces were drawn, times ``1 - n`` with ``n`` the
+    `reward_nearness` of the host's last steps, and 0 where that is less than `LEAST_OPEN`.
 
     Args:
         host: the learner, an `OffPolicy`.
@@ -110,7 +114,7 @@ class ReplayTraces(TraceGuide):
         trace, rows = self.walk_back()
         near = reward_nearness(self._last_steps(), self.host.settings.gamma)
         self.host.note("reward_nearness", near)
-        trace["weight"] = self._weight(trace) * (1 - near)
+        trace["weight"] = self._weight(trace) * (1 - near if 1 - near >= LEAST_OPEN else 0.0)
         self.steps = None
         if len(rows[0]):
             steps: Any = trace.select(*self.keys, "action", "weight")[rows]
