@@ -18,7 +18,7 @@ from bench.learning.continuous.mountain_car import SparseMountainCarEnv
 from bench.learning.continuous.ppo import PPO
 from bench.learning.continuous.recall import RecallSettings, RecallTraces, reward_nearness
 from bench.learning.continuous.tasks import TASKS
-from bench.learning.continuous.variants import VARIANTS
+from bench.learning.continuous.variants import VARIANTS, clipped
 from bench.learning.mujoco import tasks as mujoco_tasks
 
 
@@ -341,3 +341,11 @@ def test_every_row_trains(task_name: str, variant_name: str):
     after = list(host.policy.parameters())
     assert all(p.isfinite().all() for p in after)
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(("last", "solved"), [(1.55, None), (1.65, 20)])
+def test_a_run_is_solved_at_a_share_of_its_range(last: float, solved: int | None):
+    found = {"steps": [0, 10, 20], "score": [-9.0, 0.95, last], "solved_at": 10, "log": {}}
+    assert clipped(found, None) is found
+    ranged = clipped(found, (-2.0, 2.0))
+    assert ranged == {**found, "score": [-2.0, 0.95, last], "solved_at": solved}

@@ -23,7 +23,7 @@ from bench.learning.grids.real import (
     SelfImitationSettings,
 )
 from bench.learning.grids.recipes import ROWS
-from bench.learning.grids.task import Task, success
+from bench.learning.grids.task import Task
 from bench.learning.grids.traces import Traces, TracesSettings, is_last_visit, only_kept
 from bench.learning.grids.training import Learner, Recipe, train
 from bench.learning.grids.walker import Episodes, Walker
@@ -133,7 +133,7 @@ class TestHosts:
         values = host.network(host.cells).max(-1).values.view(5, 5)
         # From the start four steps lead to the goal.
         assert values[1, 1].item() == pytest.approx(0.8**3, abs=0.05)
-        assert success(FourRoomsEnv(5), host.judged()) > 0.9
+        assert start_success(FourRoomsEnv(5), host.judged()) > 0.9
 
 
 class TestTraces:

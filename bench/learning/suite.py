@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,13 +52,13 @@ class Section:
     profile: str = ""
 
 
-def collect(modules: Sequence[str] = MODULES) -> list[Entry]:
+def collect() -> list[Entry]:
     """Return all entries.
 
     Raises:
         ValueError: two entries have the same task, algorithm and variant.
     """
-    entries = [entry for name in _present(modules) for entry in _load(name).entries()]
+    entries = [entry for name in MODULES for entry in importlib.import_module(name).entries()]
     names = [(entry.task, entry.name) for entry in entries]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -67,9 +66,9 @@ def collect(modules: Sequence[str] = MODULES) -> list[Entry]:
     return entries
 
 
-def sections(modules: Sequence[str] = MODULES) -> list[Section]:
+def sections() -> list[Section]:
     """Return the report's sections in order."""
-    return [section for name in _present(modules) for section in _load(name).sections()]
+    return [section for name in MODULES for section in importlib.import_module(name).sections()]
 
 
 def select(
@@ -90,11 +89,3 @@ def select(
             raise ValueError(f"no entry has the {attribute} {unknown}; there are {sorted(known)}.")
         entries = [e for e in entries if wanted is None or getattr(e, attribute) in wanted]
     return list(entries)
-
-
-def _present(modules: Sequence[str]) -> list[str]:
-    return [name for name in modules if importlib.util.find_spec(name) is not None]
-
-
-def _load(name: str):
-    return importlib.import_module(name)

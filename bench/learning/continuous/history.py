@@ -102,7 +102,7 @@ class History:
         """Return all rows of the episodes that begin at these rows, one episode after another."""
         done = self.along_time(self.data["next", "done"][:, 0])
         place = self.along_time(torch.arange(len(self)))
-        number = (done.long().cumsum(1) - done.long()).long()  # of the episode in its environment
+        number = done.long().cumsum(1) - done.long()  # of the episode in its environment
         at = torch.empty(len(self), 2, dtype=torch.long)
         at[place.flatten()] = torch.stack(
             [torch.arange(len(done)).repeat_interleave(done.shape[1]), number.flatten()], 1

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from bench.learning.continuous.controls import BestTrajectories, CountBonus, SelfImitation
-from bench.learning.continuous.ppo import PPO
+from bench.learning.continuous.ppo import PPO, SOLVED
 from bench.learning.continuous.recall import RealPast, RecallSettings, RecallTraces
 from bench.learning.continuous.tasks import TASKS, Task
 from bench.learning.entry import Entry
@@ -74,11 +74,19 @@ def train(
 
 
 def clipped(found: dict[str, Any], score_range: tuple[float, float] | None) -> dict[str, Any]:
-    """Return a run whose scores beyond the range are its ends; None: there is no range."""
+    """Return a run whose scores lie in a range, and that is solved at `SOLVED` of it.
+
+    Args:
+        found: what the host returned.
+        score_range: scores beyond it are its ends; None: from 0 to 1, which they do not leave.
+    """
     if score_range is None:
         return found
     low, high = score_range
-    return {**found, "score": [min(max(score, low), high) for score in found["score"]]}
+    score = [min(max(score, low), high) for score in found["score"]]
+    enough = low + SOLVED * (high - low)
+    solved = [at for at, value in zip(found["steps"], score, strict=True) if value >= enough]
+    return {**found, "score": score, "solved_at": solved[0] if solved else None}
 
 
 def entries_of(

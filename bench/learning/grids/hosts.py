@@ -246,7 +246,6 @@ class DQN:
             observation = torch.cat([observation, env.goal.expand_as(observation)], -1)
         self.cells = observation
         self.network, self.steps, self.gradient_steps = network, 0, 0
-        self.pending: TensorDictBase | None = None
 
     @torch.no_grad()
     def _greedy(self, epsilon: float) -> Tensor:
@@ -262,15 +261,11 @@ class DQN:
         """Return what is measured: greedy but for the exploration that is left in the end."""
         return self._greedy(self.settings.epsilon_end)
 
-    def store(self, data: Rollout) -> None:
-        """Put a rollout into the replay buffer."""
-        self.buffer.extend(data.tensordict().exclude("action_log_prob").reshape(-1))
-
     def learn(self, data: Rollout) -> None:
         """Learn from a rollout and what has been stored."""
         self.steps += len(data)
         if not self.settings.goals:
-            self.store(data)
+            self.buffer.extend(data.tensordict().exclude("action_log_prob").reshape(-1))
         for _ in range(self.settings.updates if len(self.buffer) else 0):
             self.replay(self.buffer.sample())
 

@@ -156,7 +156,7 @@ class Hindsight:
     def observe(self, data: Rollout) -> None:
         """Store the episodes that end in a rollout."""
         for steps in self.episodes.finished(data):
-            cell, action, after, reached = torch.from_numpy(steps).unbind(-1)
+            cell, action, after = torch.from_numpy(steps[:, :3]).unbind(-1)
             size, length = data.size, len(steps)
             asked = (self.goal[0] * size + self.goal[1]).expand(length)
             goals = [asked]
@@ -167,7 +167,6 @@ class Hindsight:
             goal = torch.cat(goals)
             repeat = len(goals)
             met = after.repeat(repeat) == goal
-            del reached
             self.host.buffer.extend(_goal_rows(cell, action, after, goal, met, size, repeat))
 
 

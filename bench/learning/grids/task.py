@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrl_recall.envs import FourRoomsEnv, start_success
+from torchrl_recall.envs import FourRoomsEnv
 from torchrl_recall.envs.four_rooms import Start
 
 SOLVED = 0.9
@@ -67,8 +67,3 @@ class Task:
 def cells(size: int) -> Tensor:
     """Return all cells as observations: int64 ``[size², 2]``."""
     return torch.cartesian_prod(torch.arange(size), torch.arange(size))
-
-
-def success(judged: FourRoomsEnv, policy: Tensor) -> float:
-    """Return the exact success of a policy ``[size², 4]``, by dynamic programming."""
-    return start_success(judged, policy)

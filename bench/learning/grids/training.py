@@ -20,9 +20,10 @@ from bench.learning.grids.real import (
     SelfImitation,
     SelfImitationSettings,
 )
-from bench.learning.grids.task import SOLVED, Task, success
+from bench.learning.grids.task import SOLVED, Task
 from bench.learning.grids.traces import Traces, TracesSettings, only_kept
 from bench.learning.grids.walker import Rollout, Walker
+from torchrl_recall.envs import start_success
 
 EVERY = 0.01  # evaluations are this share of the steps so far apart, or a rollout
 
@@ -110,7 +111,7 @@ def train(seed: int, *, task: Task, recipe: Recipe, budget: int) -> dict[str, An
     def judge() -> float:
         nonlocal paused
         pause = time.process_time()
-        score = success(judged, host.judged())
+        score = start_success(judged, host.judged())
         found["steps"].append(steps)
         found["score"].append(score)
         found["seconds"].append(pause - began - paused)
