@@ -20,6 +20,7 @@ from bench.learning.continuous.off_policy_traces import (
 )
 from bench.learning.continuous.step_profile import Stopwatch
 from bench.learning.continuous.tasks import TASKS
+from bench.learning.mujoco import tasks as mujoco_tasks
 
 SMALL = OffPolicySettings(
     num_envs=4, rollout_steps=4, batch_size=32, first_steps=64, guide_every=64, updates=1
@@ -169,6 +170,24 @@ class TestWeights:
         assert guide.host.log["reward_nearness"][-1] == 1.0
         assert guide.steps is None
         assert guide.loss() is None
+
+    @pytest.mark.parametrize("name", ["half_cheetah_delayed", "hopper_dense"])
+    def test_where_rewards_are_near_the_run_is_the_plain_one(self, name):
+        # To the bit: the guide draws from streams of its own.
+        pytest.importorskip("mujoco")
+        task = replace(mujoco_tasks.TASKS[name], num_tests=1)
+        # A first rollout of 32 steps: none without a payment.
+        settings = replace(SMALL, num_envs=8, gamma=0.99, guide_every=256)
+        found = []
+        for make in (None, lambda host: ReplayTraces(host, ReplayRecallSettings(**FEW))):
+            host = OffPolicy(task, 0, settings, "sac", make, budget=1024)
+            found.append((host.train()["score"], list(host.rl_loss.parameters())))
+        assert found[0][0] == found[1][0]
+        assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+        # Paid every 20 steps, or at each.
+        near = sum(0.99**k for k in range(20)) / 20 if "delayed" in name else 1.0
+        assert host.log["reward_nearness"][-1] == pytest.approx(near, abs=0.02)
+        assert host.num_updates > 20
 
     @pytest.mark.parametrize("near", [0.9, 0.84, 0.83, 0.5])
     def test_what_rewards_leave_open(self, near, monkeypatch):
