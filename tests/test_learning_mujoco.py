@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.envs import TransformedEnv
+from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from bench.learning import mujoco
@@ -20,6 +22,22 @@ from torchrl_recall.envs import PointMazeEnv
 
 gymnasium = pytest.importorskip("gymnasium")
 pytest.importorskip("mujoco")
+
+
+def copied(env: EnvBase, way: str) -> EnvBase:
+    """Copy an environment in this process, or as it goes to another one."""
+    return copy.deepcopy(env) if way == "deepcopy" else pickle.loads(pickle.dumps(env))
+
+
+def walked(env: EnvBase, steps: int, state: TensorDict) -> list[TensorDict]:
+    """Step with random actions, and reset what has ended."""
+    draw = torch.Generator().manual_seed(1)
+    met = []
+    for _ in range(steps):
+        action = 2 * torch.rand(env.action_spec.shape, generator=draw) - 1
+        _, state = env.step_and_maybe_reset(state.clone().set("action", action))
+        met.append(state.clone())
+    return met
 
 
 class TestMujocoEnv:
@@ -72,6 +90,28 @@ class TestMujocoEnv:
         assert rewards[1] == pytest.approx(0.25 * rewards[0])
         with pytest.raises(ValueError, match=r"HalfCheetah.*got 'Cheetah'"):
             MujocoEnv("Cheetah")
+
+    @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+    @pytest.mark.parametrize("name", list(OPTIONS))
+    def test_copies_go_on_to_the_same_numbers(self, name: str, way: str):
+        """Bit for bit, in mid-episode and through resets; Ant's reward reads derived numbers."""
+        env = MujocoEnv(name, (2,), max_steps=14, seed=0)
+        begun = walked(env, 5, env.reset())[-1]
+        other = copied(env, way)
+        expected = walked(env, 20, begun)
+        found = walked(other, 20, begun)
+        for theirs, ours in zip(expected, found, strict=True):
+            assert (theirs == ours).all()
+        for theirs, ours in zip(env._envs, other._envs, strict=True):
+            assert theirs.data is not ours.data
+            assert theirs.np_random.random() == ours.np_random.random()
+
+    def test_shallow_copies_share_the_simulation(self):
+        env = MujocoEnv("Swimmer", (1,), seed=0)
+        begun = walked(env, 3, env.reset())[-1]
+        other = copy.copy(env)
+        assert torch.equal(env._read()["position"], begun["position"])
+        assert other._envs[0].data is env._envs[0].data
 
 
 class TestPayLater:
@@ -131,6 +171,14 @@ class TestDelayedReward:
         after = env.reset(state)
         assert after["owed"].flatten().tolist() == [0.0, 3.0]
         assert after["held"].flatten().tolist() == [0, 5]
+
+    @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+    def test_copies_pay_the_same(self, way: str):
+        env = make(2, 0, name="Ant", reward="delayed", every=4, max_steps=9)
+        begun = walked(env, 6, env.reset())[-1]
+        other = copied(env, way)
+        for theirs, ours in zip(walked(env, 12, begun), walked(other, 12, begun), strict=True):
+            assert (theirs == ours).all()
 
     def test_refuses(self):
         with pytest.raises(ValueError, match="every must be at least 1, got 0"):

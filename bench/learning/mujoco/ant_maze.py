@@ -27,7 +27,8 @@ class AntMazeEnv(SeededEnv):
     simulation. All ants share the model. x grows to the right and y upwards, in metres from the
     maze's middle. The reward is 1 on a step that ends within ``goal_radius`` of the goal, which
     terminates the episode, and 0 otherwise. An ant that falls goes on, as in the package. A
-    simulation that has diverged, which MuJoCo puts back to its first state, is terminated.
+    simulation that has diverged, which MuJoCo puts back to its first state, is terminated. A copy
+    (``deepcopy``, pickle) goes on where the original is.
 
     Entries, each ``[*batch_size, ...]``: ``"observation"``, float32 ``[..., 29]``, the positions
     (x, y, height, orientation as a quaternion, 8 joints) and their velocities; ``"desired_goal"``
@@ -77,6 +78,20 @@ class AntMazeEnv(SeededEnv):
     """bool ``[height, width]``: the cells that are wall, the lowest row first."""
     start_position: Tensor
     """``[2]``: where episodes begin, metres."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["_mujoco"]  # modules do not travel
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mujoco = importlib.import_module("mujoco")
+        # MuJoCo's own copies of simulations bring a model each.
+        arrived = self._ants
+        self._ants = [self._mujoco.MjData(self._model) for _ in arrived]
+        for ant, data in zip(self._ants, arrived, strict=True):
+            self._mujoco.mj_copyData(ant, self._model, data)
 
     @property
     def low(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class MujocoEnv(SeededEnv):
     Gymnasium's own steps, rewards and terminations, without its wrappers: TorchRL's ``GymEnv``
     costs as much again as the physics of the small ones. ``"observation"`` is float32,
     ``"position"`` the x of the torso, which Gymnasium leaves out. Actions lie in [-1, 1] and are
-    stretched to the task's range.
+    stretched to the task's range. A copy (``deepcopy``, pickle) goes on where the original is.
 
     Args:
         name: one of `OPTIONS`.
@@ -85,6 +86,23 @@ class MujocoEnv(SeededEnv):
         ends = {name: flag.clone() for name in ("done", "terminated", "truncated")}
         self.full_done_spec = Composite(ends, shape=self.batch_size)
         self._make_generator(seed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        # Gymnasium pickles the arguments of its environments alone: they arrive as new ones. More
+        # than positions and velocities must travel, as rewards read what the last step derived.
+        state["_simulations"] = [(env.data, env.np_random) for env in self._envs]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        simulations = state.pop("_simulations")
+        super().__setstate__(state)
+        mujoco: Any = importlib.import_module("mujoco")  # its stubs lack what is compiled
+        for env, (data, draws) in zip(self._envs, simulations, strict=True):
+            if env.data is not data:  # a shallow copy shares the simulation
+                mujoco.mj_copyData(env.data, env.model, data)
+                env.np_random = draws
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
         anew = None if tensordict is None else tensordict.get("_reset", None)
