@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.collectors import Collector
+from torchrl.envs import Compose, EnvBase, SerialEnv, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from bench.learning import mujoco
@@ -171,6 +172,65 @@ class TestDelayedReward:
         after = env.reset(state)
         assert after["owed"].flatten().tolist() == [0.0, 3.0]
         assert after["held"].flatten().tolist() == [0, 5]
+
+    def test_steps_without_what_is_carried_owe_nothing_yet(self):
+        env = TransformedEnv(MujocoEnv("Hopper", (2,), seed=0), DelayedReward(2))
+        dense = MujocoEnv("Hopper", (2,), seed=0)
+        dense.reset()
+        env.reset()
+        action = torch.full((2, 3), 0.5)
+        for _ in range(3):
+            earned = dense._step(TensorDict({"action": action}, [2]))["reward"]
+            after = env.step(TensorDict({"action": action}, [2]))["next"]
+            assert torch.equal(after["owed"], earned)
+            assert after["held"].flatten().tolist() == [1, 1]
+            assert not after["reward"].any()
+        assert env.rand_step()["next", "held"].flatten().tolist() == [1, 1]
+
+    def test_declares_what_it_carries(self):
+        for dtype in (torch.float32, torch.float64):
+            base = PointMazeEnv("u", start="any", max_steps=7, batch_size=(3,), dtype=dtype, seed=0)
+            env = TransformedEnv(base, DelayedReward(3))
+            check_env_specs(env)
+            for spec in (env.state_spec, env.observation_spec):
+                assert spec["owed"].dtype == dtype
+                assert spec["held"].dtype == torch.int64
+            # The maze's own entries stay.
+            assert set(env.state_spec.keys()) == {*base.state_spec.keys(), "owed", "held"}
+
+    def test_runs_in_serial_environments_and_collectors(self):
+        def made(seed: int) -> EnvBase:
+            return make(2, seed, name="Hopper", reward="delayed", every=3, max_steps=7)
+
+        serial = SerialEnv(2, [lambda: made(0), lambda: made(1)])
+        check_env_specs(serial)
+        assert serial.rand_step()["next", "held"].unique().tolist() == [1]
+        together = [serial.rollout(20, break_when_any_done=False)]
+        collector = Collector(made(0), None, frames_per_batch=80, total_frames=80)
+        together += [data.clone() for data in collector]
+        collector.shutdown()
+        for data in together:
+            held, done = data["next", "held"], data["next", "done"]
+            before = data["held"]
+            assert torch.equal(held, torch.where(done | (before == 2), 0, before + 1))
+            assert torch.equal(data["next", "reward"] != 0, held == 0)
+            assert done.any()
+
+    def test_pays_at_the_end_that_a_step_counter_makes(self):
+        """After it: before it the end is not seen, and what is owed is lost."""
+        paid = []
+        for order in ((StepCounter(5), DelayedReward()), (DelayedReward(), StepCounter(5))):
+            env = TransformedEnv(MujocoEnv("Swimmer", (1,), seed=0), Compose(*order))
+            check_env_specs(env)
+            env.set_seed(0)
+            torch.manual_seed(0)
+            paid.append(env.rollout(9)["next", "reward"].flatten())
+        env = TransformedEnv(MujocoEnv("Swimmer", (1,), seed=0), StepCounter(5))
+        env.set_seed(0)
+        torch.manual_seed(0)
+        total = env.rollout(9)["next", "reward"].sum()
+        torch.testing.assert_close(paid[0], torch.tensor([0.0, 0.0, 0.0, 0.0, total]))
+        assert not paid[1].any()
 
     @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
     def test_copies_pay_the_same(self, way: str):
