@@ -168,6 +168,25 @@ class TestEnvironment:
         other = copy.deepcopy(env) if way == "deepcopy" else pickle.loads(pickle.dumps(env))
         assert other._step(state)["terminated"].flatten().tolist() == [False, True]
 
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"batch_size": ()}, ValueError, r"batch_size must be .*one number, got \(\)"),
+            ({"batch_size": (2, 3)}, ValueError, r"batch_size must be .*got \(2, 3\)"),
+            ({"batch_size": (0,)}, ValueError, "batch_size must be at least 1, got 0"),
+            ({"scale": 0.0}, ValueError, "scale must lie in .*got 0.0"),
+            ({"scale": float("inf")}, ValueError, "scale must lie in .*got inf"),
+            ({"scale": "4"}, TypeError, "scale must be a number, got str"),
+            ({"goal_radius": -1.0}, ValueError, "goal_radius must lie in .*got -1.0"),
+            ({"goal_radius": float("nan")}, ValueError, "goal_radius must lie in .*got nan"),
+            ({"max_steps": 0}, ValueError, "max_steps must be at least 1, got 0"),
+            ({"max_steps": "9"}, TypeError, "max_steps must be an int .*got str"),
+        ],
+    )
+    def test_refuses(self, options: dict, error: type[Exception], message: str):
+        with pytest.raises(error, match=message):
+            AntMazeEnv(**options)
+
     def test_places(self):
         env = AntMazeEnv(scale=2.0)
         assert env.walls.int().tolist() == [

@@ -114,6 +114,26 @@ class TestMujocoEnv:
         assert torch.equal(env._read()["position"], begun["position"])
         assert other._envs[0].data is env._envs[0].data
 
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"name": ["Hopper"]}, ValueError, r"name must be one of .*got \['Hopper'\]"),
+            ({"batch_size": ()}, ValueError, r"batch_size must be .*one number, got \(\)"),
+            ({"batch_size": (2, 3)}, ValueError, r"batch_size must be .*got \(2, 3\)"),
+            ({"batch_size": 3}, ValueError, "batch_size must be a tuple of one number, got 3"),
+            ({"batch_size": (0,)}, ValueError, "batch_size must be at least 1, got 0"),
+            ({"batch_size": (2.0,)}, TypeError, "batch_size must be an int .*got float"),
+            ({"max_steps": 0}, ValueError, "max_steps must be at least 1, got 0"),
+            ({"max_steps": 2.5}, TypeError, "max_steps must be an int .*got float"),
+            ({"reward_scale": float("nan")}, ValueError, "reward_scale must lie in .*got nan"),
+            ({"reward_scale": float("inf")}, ValueError, "reward_scale must lie in .*got inf"),
+            ({"reward_scale": "1"}, TypeError, "reward_scale must be a number, got str"),
+        ],
+    )
+    def test_refuses(self, options: dict, error: type[Exception], message: str):
+        with pytest.raises(error, match=message):
+            MujocoEnv(**({"name": "Hopper"} | options))
+
 
 class TestPayLater:
     @pytest.mark.parametrize("every", [None, 1, 3])
@@ -240,9 +260,18 @@ class TestDelayedReward:
         for theirs, ours in zip(walked(env, 12, begun), walked(other, 12, begun), strict=True):
             assert (theirs == ours).all()
 
-    def test_refuses(self):
-        with pytest.raises(ValueError, match="every must be at least 1, got 0"):
-            DelayedReward(0)
+    @pytest.mark.parametrize(
+        ("every", "error", "message"),
+        [
+            (0, ValueError, "every must be at least 1, got 0"),
+            (2.5, TypeError, "every must be an int of at least 1, got float 2.5"),
+            (True, TypeError, "every must be an int of at least 1, got bool"),
+            ("3", TypeError, "every must be an int of at least 1, got str"),
+        ],
+    )
+    def test_refuses(self, every, error: type[Exception], message: str):
+        with pytest.raises(error, match=message):
+            DelayedReward(every)
 
     def test_sums_are_those_of_the_dense_task(self):
         draw = torch.Generator().manual_seed(0)
@@ -270,6 +299,46 @@ def test_distance_pays_beyond_it():
     assert beyond.any()
     assert not beyond.all()
     assert torch.equal(data["next", "reward"], beyond.float())
+
+
+@pytest.mark.parametrize(
+    ("distance", "error", "message"),
+    [
+        (float("nan"), ValueError, "distance must lie in .*got nan"),
+        (float("inf"), ValueError, "distance must lie in .*got inf"),
+        ("1.0", TypeError, "distance must be a number, got str"),
+    ],
+)
+def test_distance_refuses(distance, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        DistanceReward(distance)
+
+
+class TestMake:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"reward": "late"}, r"reward must be one of .*'delayed'.*got 'late'"),
+            ({"every": 3}, "every needs reward='delayed', got 3 with 'dense'"),
+            ({"reward": "sparse", "every": 3}, "every needs reward='delayed', got 3 with 'sparse'"),
+            ({"distance": 2.0}, "distance needs reward='sparse', got 2.0 with 'dense'"),
+            ({"reward": "delayed", "distance": 0.0}, "distance needs reward='sparse', got 0.0"),
+        ],
+    )
+    def test_refuses(self, options: dict, message: str):
+        with pytest.raises(ValueError, match=message):
+            make(1, 0, name="Hopper", **options)
+
+    def test_sparse_without_a_distance_pays_from_0_on(self):
+        env = make(2, 0, name="Swimmer", reward="sparse")
+        data = env.rollout(15)["next"]
+        assert torch.equal(data["reward"], (data["position"] >= 0).float())
+
+    @pytest.mark.parametrize("name", list(TASKS))
+    def test_makes_all_tasks(self, name: str):
+        for kind in (TASKS[name].make, TASKS[name].test):
+            assert kind is not None
+            assert kind(1, 0).rollout(2)["next", "reward"].isfinite().all()
 
 
 SMALL = {"num_envs": 2, "rollout_steps": 8, "minibatch": 8, "epochs": 1}

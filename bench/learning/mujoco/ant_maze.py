@@ -13,6 +13,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 
+from bench.learning.mujoco.environments import check_batch_size
+from torchrl_recall.checks import check_at_least_one, check_real
 from torchrl_recall.envs.seeded import SeededEnv
 
 FRAME_SKIP = 5  # steps of the physics for one of the environment, as Gymnasium's Ant
@@ -37,7 +39,7 @@ class AntMazeEnv(SeededEnv):
     each episode, uniform over the free cells.
 
     Args:
-        batch_size: number of ants.
+        batch_size: number of ants, at least 1.
         scale: edge of a cell, metres; the package's is 4.
         goal_radius: distance that counts as reached, metres; the package's is .45.
         max_steps: steps after which an episode is truncated; the package's limit is 700.
@@ -45,6 +47,8 @@ class AntMazeEnv(SeededEnv):
 
     Raises:
         ImportError: gymnasium-robotics is missing.
+        ValueError: an argument is out of its range.
+        TypeError: an argument is of another type.
     """
 
     _stream = "AntMazeEnv"
@@ -58,8 +62,12 @@ class AntMazeEnv(SeededEnv):
         max_steps: int = 700,
         seed: int | None = None,
     ) -> None:
-        super().__init__(device="cpu", batch_size=torch.Size(batch_size))
-        self.scale, self.goal_radius, self.max_steps = scale, goal_radius, max_steps
+        super().__init__(device="cpu", batch_size=check_batch_size(batch_size))
+        self.scale: float = check_real("scale", scale, 0.0, open_low=True, open_high=True)
+        self.goal_radius: float = check_real(
+            "goal_radius", goal_radius, 0.0, open_low=True, open_high=True
+        )
+        self.max_steps: int = check_at_least_one("max_steps", max_steps)
         self._mujoco: Any = importlib.import_module("mujoco")
         self._model, self.walls, self.start_position = _load(self._mujoco, scale)
         kinds = self._mujoco.mjtWarning

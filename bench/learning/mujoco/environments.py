@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 
+from torchrl_recall.checks import check_at_least_one, check_choice, check_real
 from torchrl_recall.envs.seeded import SeededEnv
 
 # Observations are positions and velocities alone: forces of contact and inertias, which the latter
@@ -27,6 +28,13 @@ OPTIONS: dict[str, dict[str, bool]] = {
 }
 
 
+def check_batch_size(batch_size: Any) -> torch.Size:
+    """Return a batch size of one number, or refuse it by name."""
+    if not isinstance(batch_size, tuple | list) or len(batch_size) != 1:
+        raise ValueError(f"batch_size must be a tuple of one number, got {batch_size!r}.")
+    return torch.Size([check_at_least_one("batch_size", batch_size[0])])
+
+
 class MujocoEnv(SeededEnv):
     """Copies of a Gymnasium ``-v5`` task, stepped one after the other.
 
@@ -37,13 +45,14 @@ class MujocoEnv(SeededEnv):
 
     Args:
         name: one of `OPTIONS`.
-        batch_size: number of copies.
+        batch_size: number of copies, at least 1.
         max_steps: steps after which an episode is truncated; Gymnasium's limit is 1000.
         reward_scale: factor of the reward.
         seed: of the starts.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or an argument out of its range.
+        TypeError: an argument of another type.
     """
 
     _stream = "MujocoEnv"
@@ -59,10 +68,13 @@ class MujocoEnv(SeededEnv):
     ) -> None:
         import gymnasium
 
-        if name not in OPTIONS:
-            raise ValueError(f"name must be one of {list(OPTIONS)}, got {name!r}.")
-        super().__init__(device="cpu", batch_size=torch.Size(batch_size))
-        self.name, self.max_steps, self.reward_scale = name, max_steps, reward_scale
+        check_choice("name", name, tuple(OPTIONS))
+        super().__init__(device="cpu", batch_size=check_batch_size(batch_size))
+        self.name = name
+        self.max_steps: int = check_at_least_one("max_steps", max_steps)
+        self.reward_scale: float = check_real(
+            "reward_scale", reward_scale, open_low=True, open_high=True
+        )
         self._envs: list[Any] = [
             gymnasium.make(f"{name}-v5", **OPTIONS[name]).unwrapped for _ in range(batch_size[0])
         ]

@@ -10,6 +10,8 @@ from torch import Tensor
 from torchrl.data import Composite, Unbounded
 from torchrl.envs.transforms import Transform
 
+from torchrl_recall.checks import check_at_least_one, check_real
+
 
 def pay_later(
     reward: Tensor, owed: Tensor, held: Tensor, done: Tensor, every: int | None
@@ -46,6 +48,7 @@ class DelayedReward(Transform):
 
     Raises:
         ValueError: ``every`` below 1.
+        TypeError: ``every`` neither an int nor None.
 
     Source: as in Oh et al., *Self-Imitation Learning*, ICML 2018, which pays every 20 steps.
     """
@@ -53,10 +56,8 @@ class DelayedReward(Transform):
     invertible = False
 
     def __init__(self, every: int | None = None) -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"every must be at least 1, got {every}.")
         super().__init__(in_keys=["reward"], out_keys=["owed", "held"])
-        self.every = every
+        self.every = None if every is None else check_at_least_one("every", every)
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         reward, done = next_tensordict["reward"], next_tensordict["done"]
@@ -116,13 +117,17 @@ class DistanceReward(Transform):
     Args:
         distance: from where on, in the unit of the position.
         in_key: of the position, ``[..., 1]``.
+
+    Raises:
+        ValueError: ``distance`` infinite or not a number.
+        TypeError: ``distance`` of another type.
     """
 
     invertible = False
 
     def __init__(self, distance: float, in_key: str = "position") -> None:
         super().__init__(in_keys=[in_key], out_keys=["reward"])
-        self.distance = float(distance)
+        self.distance: float = check_real("distance", distance, open_low=True, open_high=True)
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         beyond = next_tensordict[self.in_keys[0]] >= self.distance
