@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -130,6 +132,60 @@ class TestEnvironment:
         env.restart(after["done"])
         after = env._step(state)
         assert not after["terminated"].any()
+
+    @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+    def test_copies_go_on_to_the_same_numbers(self, way: str):
+        """Bit for bit, in mid-episode and through resets, which draw goals."""
+
+        def walked(env, steps, state):
+            draw = torch.Generator().manual_seed(1)
+            met = []
+            for _ in range(steps):
+                action = 2 * torch.rand(3, 8, generator=draw) - 1
+                _, state = env.step_and_maybe_reset(state.clone().set("action", action))
+                met.append(state.clone())
+            return met
+
+        env = AntMazeEnv((3,), scale=2.0, max_steps=14, seed=0)
+        begun = walked(env, 6, env.reset())[-1]
+        other = copy.deepcopy(env) if way == "deepcopy" else pickle.loads(pickle.dumps(env))
+        expected = walked(env, 20, begun)
+        found = walked(other, 20, begun)
+        # Positions are in the simulation: a copy that began anew would differ at once.
+        assert not torch.equal(begun["observation"], env.reset()["observation"])
+        assert len({tuple(state["desired_goal"][0].tolist()) for state in expected}) == 2
+        for theirs, ours in zip(expected, found, strict=True):
+            assert (theirs == ours).all()
+        assert all(ant.model is other._model for ant in other._ants)
+
+    @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+    def test_copies_know_of_diverged_simulations(self, way: str, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)  # MuJoCo writes a log
+        env = AntMazeEnv((2,), scale=2.0, seed=0)
+        state = env.reset().set("action", torch.zeros(2, 8))
+        env._ants[1].qvel[0] = 1e12
+        env._step(state)
+        other = copy.deepcopy(env) if way == "deepcopy" else pickle.loads(pickle.dumps(env))
+        assert other._step(state)["terminated"].flatten().tolist() == [False, True]
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"batch_size": ()}, ValueError, r"batch_size must be .*one number, got \(\)"),
+            ({"batch_size": (2, 3)}, ValueError, r"batch_size must be .*got \(2, 3\)"),
+            ({"batch_size": (0,)}, ValueError, "batch_size must be at least 1, got 0"),
+            ({"scale": 0.0}, ValueError, "scale must lie in .*got 0.0"),
+            ({"scale": float("inf")}, ValueError, "scale must lie in .*got inf"),
+            ({"scale": "4"}, TypeError, "scale must be a number, got str"),
+            ({"goal_radius": -1.0}, ValueError, "goal_radius must lie in .*got -1.0"),
+            ({"goal_radius": float("nan")}, ValueError, "goal_radius must lie in .*got nan"),
+            ({"max_steps": 0}, ValueError, "max_steps must be at least 1, got 0"),
+            ({"max_steps": "9"}, TypeError, "max_steps must be an int .*got str"),
+        ],
+    )
+    def test_refuses(self, options: dict, error: type[Exception], message: str):
+        with pytest.raises(error, match=message):
+            AntMazeEnv(**options)
 
     def test_places(self):
         env = AntMazeEnv(scale=2.0)

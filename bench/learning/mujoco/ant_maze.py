@@ -13,6 +13,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 
+from bench.learning.mujoco.environments import check_batch_size
+from torchrl_recall.checks import check_at_least_one, check_real
 from torchrl_recall.envs.seeded import SeededEnv
 
 FRAME_SKIP = 5  # steps of the physics for one of the environment, as Gymnasium's Ant
@@ -27,7 +29,8 @@ class AntMazeEnv(SeededEnv):
     simulation. All ants share the model. x grows to the right and y upwards, in metres from the
     maze's middle. The reward is 1 on a step that ends within ``goal_radius`` of the goal, which
     terminates the episode, and 0 otherwise. An ant that falls goes on, as in the package. A
-    simulation that has diverged, which MuJoCo puts back to its first state, is terminated.
+    simulation that has diverged, which MuJoCo puts back to its first state, is terminated. A copy
+    (``deepcopy``, pickle) goes on where the original is.
 
     Entries, each ``[*batch_size, ...]``: ``"observation"``, float32 ``[..., 29]``, the positions
     (x, y, height, orientation as a quaternion, 8 joints) and their velocities; ``"desired_goal"``
@@ -36,7 +39,7 @@ class AntMazeEnv(SeededEnv):
     each episode, uniform over the free cells.
 
     Args:
-        batch_size: number of ants.
+        batch_size: number of ants, at least 1.
         scale: edge of a cell, metres; the package's is 4.
         goal_radius: distance that counts as reached, metres; the package's is .45.
         max_steps: steps after which an episode is truncated; the package's limit is 700.
@@ -44,6 +47,8 @@ class AntMazeEnv(SeededEnv):
 
     Raises:
         ImportError: gymnasium-robotics is missing.
+        ValueError: an argument is out of its range.
+        TypeError: an argument is of another type.
     """
 
     _stream = "AntMazeEnv"
@@ -57,8 +62,12 @@ class AntMazeEnv(SeededEnv):
         max_steps: int = 700,
         seed: int | None = None,
     ) -> None:
-        super().__init__(device="cpu", batch_size=torch.Size(batch_size))
-        self.scale, self.goal_radius, self.max_steps = scale, goal_radius, max_steps
+        super().__init__(device="cpu", batch_size=check_batch_size(batch_size))
+        self.scale: float = check_real("scale", scale, 0.0, open_low=True, open_high=True)
+        self.goal_radius: float = check_real(
+            "goal_radius", goal_radius, 0.0, open_low=True, open_high=True
+        )
+        self.max_steps: int = check_at_least_one("max_steps", max_steps)
         self._mujoco: Any = importlib.import_module("mujoco")
         self._model, self.walls, self.start_position = _load(self._mujoco, scale)
         kinds = self._mujoco.mjtWarning
@@ -77,6 +86,20 @@ class AntMazeEnv(SeededEnv):
     """bool ``[height, width]``: the cells that are wall, the lowest row first."""
     start_position: Tensor
     """``[2]``: where episodes begin, metres."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["_mujoco"]  # modules do not travel
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mujoco = importlib.import_module("mujoco")
+        # MuJoCo's own copies of simulations bring a model each.
+        arrived = self._ants
+        self._ants = [self._mujoco.MjData(self._model) for _ in arrived]
+        for ant, data in zip(self._ants, arrived, strict=True):
+            self._mujoco.mj_copyData(ant, self._model, data)
 
     @property
     def low(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 
+from torchrl_recall.checks import check_at_least_one, check_choice, check_real
 from torchrl_recall.envs.seeded import SeededEnv
 
 # Observations are positions and velocities alone: forces of contact and inertias, which the latter
@@ -26,23 +28,31 @@ OPTIONS: dict[str, dict[str, bool]] = {
 }
 
 
+def check_batch_size(batch_size: Any) -> torch.Size:
+    """Return a batch size of one number, or refuse it by name."""
+    if not isinstance(batch_size, tuple | list) or len(batch_size) != 1:
+        raise ValueError(f"batch_size must be a tuple of one number, got {batch_size!r}.")
+    return torch.Size([check_at_least_one("batch_size", batch_size[0])])
+
+
 class MujocoEnv(SeededEnv):
     """Copies of a Gymnasium ``-v5`` task, stepped one after the other.
 
     Gymnasium's own steps, rewards and terminations, without its wrappers: TorchRL's ``GymEnv``
     costs as much again as the physics of the small ones. ``"observation"`` is float32,
     ``"position"`` the x of the torso, which Gymnasium leaves out. Actions lie in [-1, 1] and are
-    stretched to the task's range.
+    stretched to the task's range. A copy (``deepcopy``, pickle) goes on where the original is.
 
     Args:
         name: one of `OPTIONS`.
-        batch_size: number of copies.
+        batch_size: number of copies, at least 1.
         max_steps: steps after which an episode is truncated; Gymnasium's limit is 1000.
         reward_scale: factor of the reward.
         seed: of the starts.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or an argument out of its range.
+        TypeError: an argument of another type.
     """
 
     _stream = "MujocoEnv"
@@ -58,10 +68,13 @@ class MujocoEnv(SeededEnv):
     ) -> None:
         import gymnasium
 
-        if name not in OPTIONS:
-            raise ValueError(f"name must be one of {list(OPTIONS)}, got {name!r}.")
-        super().__init__(device="cpu", batch_size=torch.Size(batch_size))
-        self.name, self.max_steps, self.reward_scale = name, max_steps, reward_scale
+        check_choice("name", name, tuple(OPTIONS))
+        super().__init__(device="cpu", batch_size=check_batch_size(batch_size))
+        self.name = name
+        self.max_steps: int = check_at_least_one("max_steps", max_steps)
+        self.reward_scale: float = check_real(
+            "reward_scale", reward_scale, open_low=True, open_high=True
+        )
         self._envs: list[Any] = [
             gymnasium.make(f"{name}-v5", **OPTIONS[name]).unwrapped for _ in range(batch_size[0])
         ]
@@ -85,6 +98,23 @@ class MujocoEnv(SeededEnv):
         ends = {name: flag.clone() for name in ("done", "terminated", "truncated")}
         self.full_done_spec = Composite(ends, shape=self.batch_size)
         self._make_generator(seed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        # Gymnasium pickles the arguments of its environments alone: they arrive as new ones. More
+        # than positions and velocities must travel, as rewards read what the last step derived.
+        state["_simulations"] = [(env.data, env.np_random) for env in self._envs]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        simulations = state.pop("_simulations")
+        super().__setstate__(state)
+        mujoco: Any = importlib.import_module("mujoco")  # its stubs lack what is compiled
+        for env, (data, draws) in zip(self._envs, simulations, strict=True):
+            if env.data is not data:  # a shallow copy shares the simulation
+                mujoco.mj_copyData(env.data, env.model, data)
+                env.np_random = draws
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDict:
         anew = None if tensordict is None else tensordict.get("_reset", None)

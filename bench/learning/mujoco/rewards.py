@@ -10,6 +10,8 @@ from torch import Tensor
 from torchrl.data import Composite, Unbounded
 from torchrl.envs.transforms import Transform
 
+from torchrl_recall.checks import check_at_least_one, check_real
+
 
 def pay_later(
     reward: Tensor, owed: Tensor, held: Tensor, done: Tensor, every: int | None
@@ -35,13 +37,18 @@ class DelayedReward(Transform):
     """Pays the reward of many steps at once: the sum is the same, and comes later.
 
     What is owed is carried by the tensordict (``"owed"``, ``"held"``), which a policy should not
-    read: part of the task is that its state is not told.
+    read: part of the task is that its state is not told. A step that is given none of it owes
+    nothing yet.
+
+    It goes after transforms that end episodes (``StepCounter``): an end pays all that is owed, and
+    it must see that end.
 
     Args:
         every: steps from one payment to the next; None: an episode's end alone pays.
 
     Raises:
         ValueError: ``every`` below 1.
+        TypeError: ``every`` neither an int nor None.
 
     Source: as in Oh et al., *Self-Imitation Learning*, ICML 2018, which pays every 20 steps.
     """
@@ -49,19 +56,15 @@ class DelayedReward(Transform):
     invertible = False
 
     def __init__(self, every: int | None = None) -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"every must be at least 1, got {every}.")
         super().__init__(in_keys=["reward"], out_keys=["owed", "held"])
-        self.every = every
+        self.every = None if every is None else check_at_least_one("every", every)
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        paid, owed, held = pay_later(
-            next_tensordict["reward"],
-            tensordict["owed"],
-            tensordict["held"],
-            next_tensordict["done"],
-            self.every,
-        )
+        reward, done = next_tensordict["reward"], next_tensordict["done"]
+        owed, held = tensordict.get("owed", None), tensordict.get("held", None)
+        owed = torch.zeros_like(reward) if owed is None else owed
+        held = torch.zeros_like(done, dtype=torch.int64) if held is None else held
+        paid, owed, held = pay_later(reward, owed, held, done, self.every)
         next_tensordict["reward"] = paid
         next_tensordict["owed"], next_tensordict["held"] = owed, held
         return next_tensordict
@@ -71,7 +74,7 @@ class DelayedReward(Transform):
     ) -> TensorDictBase:
         parent: Any = self.parent
         shape = parent.reward_spec.shape
-        options = {"owed": torch.float32, "held": torch.int64}
+        options = {"owed": parent.reward_spec.dtype, "held": torch.int64}
         anew = None if tensordict is None else tensordict.get("_reset", None)
         for name, dtype in options.items():
             fresh = torch.zeros(shape, dtype=dtype, device=parent.device)
@@ -83,11 +86,29 @@ class DelayedReward(Transform):
 
     def transform_observation_spec(self, observation_spec: Any) -> Composite:
         """Add what is carried."""
-        parent: Any = self.parent
-        shape = parent.reward_spec.shape
-        observation_spec["owed"] = Unbounded(shape=shape, dtype=torch.float32)
-        observation_spec["held"] = Unbounded(shape=shape, dtype=torch.int64)
+        observation_spec.update(self._carried())
         return observation_spec
+
+    def transform_input_spec(self, input_spec: Any) -> Composite:
+        """Add what is carried."""
+        state_spec = input_spec["full_state_spec"]
+        if state_spec is None:
+            state_spec = Composite(shape=input_spec.shape, device=input_spec.device)
+        state_spec.update(self._carried())
+        input_spec["full_state_spec"] = state_spec
+        return input_spec
+
+    def _carried(self) -> Composite:
+        parent: Any = self.parent
+        reward, device = parent.reward_spec, parent.device
+        return Composite(
+            {
+                "owed": Unbounded(shape=reward.shape, dtype=reward.dtype, device=device),
+                "held": Unbounded(shape=reward.shape, dtype=torch.int64, device=device),
+            },
+            shape=parent.batch_size,
+            device=device,
+        )
 
 
 class DistanceReward(Transform):
@@ -96,13 +117,17 @@ class DistanceReward(Transform):
     Args:
         distance: from where on, in the unit of the position.
         in_key: of the position, ``[..., 1]``.
+
+    Raises:
+        ValueError: ``distance`` infinite or not a number.
+        TypeError: ``distance`` of another type.
     """
 
     invertible = False
 
     def __init__(self, distance: float, in_key: str = "position") -> None:
         super().__init__(in_keys=[in_key], out_keys=["reward"])
-        self.distance = float(distance)
+        self.distance: float = check_real("distance", distance, open_low=True, open_high=True)
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         beyond = next_tensordict[self.in_keys[0]] >= self.distance

@@ -10,6 +10,7 @@ from torchrl.envs import EnvBase, TransformedEnv
 from bench.learning.continuous.tasks import PPOSettings, Task
 from bench.learning.mujoco.environments import MujocoEnv
 from bench.learning.mujoco.rewards import DelayedReward, DistanceReward
+from torchrl_recall.checks import check_choice
 
 BUDGET = 100_352  # 49 rollouts of PPO
 MAX_STEPS = 500
@@ -25,6 +26,7 @@ BODIES = {
     "Humanoid": (22, 23, 0.0, 6.0),
 }
 DENSE = ("half_cheetah", "hopper", "walker2d", "swimmer", "ant", "humanoid")
+REWARDS = ("dense", "delayed", "sparse")
 NAMES = dict(zip(DENSE, BODIES, strict=True))
 
 
@@ -35,7 +37,7 @@ def make(
     name: str,
     reward: str = "dense",
     every: int | None = None,
-    distance: float = 0.0,
+    distance: float | None = None,
     reward_scale: float = 1.0,
     max_steps: int = MAX_STEPS,
 ) -> EnvBase:
@@ -47,16 +49,25 @@ def make(
         name: of the body, as Gymnasium has it.
         reward: ``"dense"``, Gymnasium's own; ``"delayed"``, its sum every so many steps (None: at
             the episode's end); ``"sparse"``, 1 on each step beyond a distance.
-        every: steps from one payment to the next.
-        distance: metres along x.
+        every: steps from one payment to the next; ``"delayed"`` only.
+        distance: metres along x, None as 0; ``"sparse"`` only.
         reward_scale: factor of Gymnasium's reward.
         max_steps: steps after which an episode is truncated.
+
+    Raises:
+        ValueError: an argument out of its range, or one that this reward does not use.
+        TypeError: an argument of another type.
     """
+    check_choice("reward", reward, REWARDS)
+    for option, value, used_by in (("every", every, "delayed"), ("distance", distance, "sparse")):
+        if value is not None and reward != used_by:
+            raise ValueError(f"{option} needs reward={used_by!r}, got {value} with {reward!r}.")
     env = MujocoEnv(name, (count,), max_steps=max_steps, reward_scale=reward_scale, seed=seed)
     if reward == "dense":
         return env
-    late = DelayedReward(every) if reward == "delayed" else DistanceReward(distance)
-    return TransformedEnv(env, late)
+    if reward == "delayed":
+        return TransformedEnv(env, DelayedReward(every))
+    return TransformedEnv(env, DistanceReward(0.0 if distance is None else distance))
 
 
 def _task(task: str, body: str, reward: str, **options: Any) -> Task:
