@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def given_weight(
     return trace["weight"]
 
 
-class TraceGuide:
+class TraceGuide(ABC):
     """Fits a model on rows drawn evenly over visited cells, and walks back from starts.
 
     Args:
@@ -119,9 +120,9 @@ class TraceGuide:
         self.support.fit(states.select(*self.keys)[self._references()])
         return self.transform(TensorDict({}, [self.settings.num_traces]))["trace"]
 
+    @abstractmethod
     def _model_steps(self) -> int:
         """Return the model's gradient steps of this update."""
-        raise NotImplementedError
 
     def _references(self) -> Tensor:
         """Return the rows that say where data are."""
